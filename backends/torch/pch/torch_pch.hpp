@@ -1,0 +1,2 @@
+// Precompiled for the targets that include LibTorch in several files.
+#include <torch/torch.h>
