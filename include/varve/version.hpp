@@ -1,0 +1,6 @@
+#pragma once
+
+#define VARVE_VERSION_MAJOR 0
+#define VARVE_VERSION_MINOR 1
+#define VARVE_VERSION_PATCH 0
+#define VARVE_VERSION "0.1.0"
