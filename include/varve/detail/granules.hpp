@@ -1,0 +1,86 @@
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <span>
+#include <string>
+#include <string_view>
+
+#include "varve/detail/digest.hpp"
+#include "varve/detail/parallel.hpp"
+#include "varve/detail/range_reader.hpp"
+#include "varve/detail/safetensors_outline.hpp"
+
+namespace varve::detail {
+
+/// Collects the names of the tensors that overlap a range of the data, for a message.
+class overlap_visitor {
+public:
+    overlap_visitor(std::uint64_t begin, std::uint64_t end) : begin_(begin), end_(end) {}
+
+    void tensor(header_entry const& e) {
+        if (e.begin >= end_ || e.end <= begin_ || e.begin == e.end) return;
+        // A file made to have millions of tensors in one granule does not get a message of their size.
+        if (names_.size() > max_message_bytes)
+            ++left_out_;
+        else
+            names_ += (names_.empty() ? "" : ", ") + printable(e.name);
+    }
+    void metadata(std::string const&, std::string const&, std::uint64_t) noexcept {}
+
+    std::string text() const { return left_out_ == 0 ? names_ : names_ + " and " + std::to_string(left_out_) + " more"; }
+
+private:
+    static constexpr std::size_t max_message_bytes = 64u << 10;
+    std::uint64_t begin_;
+    std::uint64_t end_;
+    std::string names_;
+    std::uint64_t left_out_ = 0;
+};
+
+[[noreturn]] inline void refuse_granule(int fd, safetensors_extent const& extent, std::uint64_t granule) {
+    auto begin = granule * granule_bytes;
+    auto end = std::min<std::uint64_t>(begin + granule_bytes, extent.data_bytes());
+    overlap_visitor overlaps(begin, end);
+    visit_header(fd, extent, overlaps);
+    refuse_as_not_whole("bytes " + std::to_string(extent.data_offset + begin) + " to " + std::to_string(extent.data_offset + end) +
+                        " of the file do not fit their digest; tensors there: " + overlaps.text());
+}
+
+/// Reads granules on `workers` threads, in pieces that stay in a core's cache while they are hashed and handed on:
+/// `consume(offset_in_data, bytes)` is called on any thread, for each piece of each granule for which wanted(begin,
+/// end) is true. Where digests are checked, throws errc::not_whole for the first granule that does not fit its own;
+/// its pieces may have been consumed by then.
+template <class Wanted, class Consume>
+void sweep_granules(int fd, safetensors_outline const& outline, unsigned workers, bool check_digests, Wanted wanted, Consume consume) {
+    constexpr std::size_t piece_bytes = 1u << 20;
+    range_reader const reader(fd);
+    auto const data_bytes = outline.extent.data_bytes();
+    auto make_worker = [&] {
+        return [&, scratch = aligned_buffer(piece_bytes + range_reader::slack_bytes)](std::uint64_t granule) {
+            auto begin = granule * granule_bytes;
+            auto end = std::min<std::uint64_t>(begin + granule_bytes, data_bytes);
+            if (!wanted(begin, end)) return;
+            std::array<std::uint64_t, chunks_per_granule> chunks;
+            std::size_t chunk_count = 0;
+            for (auto at = begin; at < end; at += piece_bytes) {
+                auto size = static_cast<std::size_t>(std::min<std::uint64_t>(piece_bytes, end - at));
+                std::span<std::byte const> bytes(reader.read(scratch, outline.extent.data_offset + at, size), size);
+                if (check_digests) chunk_count += chunk_digests(bytes, std::span(chunks).subspan(chunk_count));
+                consume(at, bytes);
+            }
+            auto expected = [&] { return parse_hex(std::string_view(*outline.digests).substr(granule * digest_digits, digest_digits)); };
+            if (check_digests && expected() != granule_digest(std::span(chunks).first(chunk_count))) refuse_granule(fd, outline.extent, granule);
+        };
+    };
+    for_each_index(granule_count(data_bytes), workers, make_worker);
+}
+
+/// Every byte of the data against its digest, and the header against its own.
+inline void verify_whole(int fd, safetensors_outline const& outline, unsigned workers) {
+    expect_whole_header(fd, outline);
+    sweep_granules(
+        fd, outline, workers, true, [](std::uint64_t, std::uint64_t) { return true; }, [](std::uint64_t, std::span<std::byte const>) {});
+}
+
+}  // namespace varve::detail

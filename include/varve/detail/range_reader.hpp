@@ -1,0 +1,102 @@
+#pragma once
+
+#include <algorithm>
+#include <cerrno>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <fcntl.h>
+#include <memory>
+#include <new>
+#include <span>
+#include <string>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#include "varve/detail/header_source.hpp"
+#include "varve/system.hpp"
+
+namespace varve::detail {
+
+/// Memory for direct reads, aligned to 4,096 bytes.
+class aligned_buffer {
+public:
+    explicit aligned_buffer(std::size_t size_bytes)
+        : data_(static_cast<std::byte*>(std::aligned_alloc(4096, (size_bytes + 4095) / 4096 * 4096))), size_bytes_(size_bytes) {
+        if (!data_) throw std::bad_alloc();
+    }
+    std::byte* data() const noexcept { return data_.get(); }
+    std::size_t size_bytes() const noexcept { return size_bytes_; }
+
+private:
+    struct free_memory {
+        void operator()(std::byte* p) const noexcept { std::free(p); }
+    };
+    std::unique_ptr<std::byte, free_memory> data_;
+    std::size_t size_bytes_;
+};
+
+/// Reads a file's ranges: what the page cache holds comes from there, the rest past it through a second, direct
+/// descriptor; all through the page cache where the file system has no direct reads. Const members are thread-safe.
+class range_reader {
+public:
+    /// `fd` stays open as long as this.
+    explicit range_reader(int fd) : fd_(fd) {
+        auto path = "/proc/self/fd/" + std::to_string(fd);
+        direct_ = file_descriptor(::open(path.c_str(), O_RDONLY | O_DIRECT | O_CLOEXEC), system_calls::kernel());
+    }
+
+    static constexpr std::size_t alignment = 4096;
+    /// What the memory given to read needs beyond the bytes asked for.
+    static constexpr std::size_t slack_bytes = 2 * alignment;
+
+    /// Reads [offset, offset + size) into `scratch`, and returns where in it they begin.
+    std::byte* read(aligned_buffer const& scratch, std::uint64_t offset, std::size_t size) const {
+        auto* to = scratch.data() + offset % alignment;
+        auto cached = direct_ ? read_cached(to, offset, size) : 0;
+        if (cached == size) return to;
+        if (direct_ && read_direct(scratch, offset, size, cached)) return to;
+        read_exactly(fd_, to + cached, size - cached, offset + cached);
+        return to;
+    }
+
+private:
+    /// How many bytes at the front came without waiting for the disk.
+    std::size_t read_cached(std::byte* to, std::uint64_t offset, std::size_t size) const noexcept {
+        std::size_t done = 0;
+        while (done < size) {
+            iovec piece{to + done, size - done};
+            auto n = ::preadv2(fd_, &piece, 1, static_cast<off_t>(offset + done), RWF_NOWAIT);
+            if (n < 0 && errno == EINTR) continue;
+            if (n <= 0) break;
+            done += static_cast<std::size_t>(n);
+        }
+        return done;
+    }
+
+    /// Reads what lies behind the first `done` bytes; false where the file system refuses.
+    bool read_direct(aligned_buffer const& scratch, std::uint64_t offset, std::size_t size, std::size_t done) const {
+        auto const base = offset - offset % alignment;
+        auto const end = offset + size;
+        for (auto at = (offset + done) / alignment * alignment; at < end;) {
+            auto want = (end - at + alignment - 1) / alignment * alignment;
+            auto n = ::pread(direct_.get(), scratch.data() + (at - base), want, static_cast<off_t>(at));
+            if (n < 0 && errno == EINTR) continue;
+            if (n < 0 && errno == EINVAL) return false;
+            if (n < 0) throw_if(last_system_error(errno), "cannot read at byte " + std::to_string(at));
+            at += static_cast<std::uint64_t>(n);
+            if (at >= end) break;
+            // A read that ends off the alignment ended with the file, or was cut short: the rest comes buffered.
+            if (n == 0 || at % alignment != 0) {
+                read_exactly(fd_, scratch.data() + (at - base), static_cast<std::size_t>(end - at), at);
+                break;
+            }
+        }
+        return true;
+    }
+
+    int fd_;
+    file_descriptor direct_;
+};
+
+}  // namespace varve::detail

@@ -1,0 +1,108 @@
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "varve/concepts/format.hpp"
+#include "varve/detail/gather.hpp"
+#include "varve/detail/granules.hpp"
+#include "varve/detail/safetensors_match.hpp"
+#include "varve/detail/safetensors_outline.hpp"
+#include "varve/detail/safetensors_write.hpp"
+
+namespace varve {
+
+/// Checkpoints as safetensors files, with digests over every byte in the metadata; `safetensors.torch.load_file` opens
+/// each as it is. Source: FORMAT, "safetensors". Thread-safe: it holds no state but its limit.
+///
+///     varve::safetensors format;
+///     varve::image img = format.lay_out(state);
+///     // ... the tensors' bytes to img.tensors[i].offset_bytes, and then at 0:
+///     std::vector<std::byte> header = format.header(state, img, {step, sequence, metadata}, chunk_digests);
+class safetensors final : public file_format {
+public:
+    /// What the user's metadata may take in the header by default, in bytes.
+    static constexpr std::uint64_t default_metadata_bytes = 4096;
+
+    explicit safetensors(std::uint64_t metadata_bytes = default_metadata_bytes) noexcept : metadata_bytes_(metadata_bytes) {}
+
+    std::string_view extension() const noexcept override { return ".safetensors"; }
+
+    /// The checkpoint's layout: the same for the same names, shapes, dtypes and aliases, whatever the step.
+    /// Throws std::errc::invalid_argument for what no safetensors file can hold (names twice or not UTF-8).
+    image lay_out(state const& s) const { return detail::lay_out_safetensors(s, metadata_bytes_); }
+
+    /// Throws errc::metadata_too_large where `metadata`, escaped and quoted as JSON, takes more than its room, and
+    /// std::errc::invalid_argument for keys that begin with `varve.` and for what is not UTF-8.
+    void expect_fits(metadata_map const& metadata) const {
+        auto size = detail::user_metadata_text(metadata).size();
+        if (size > metadata_bytes_)
+            throw error(errc::metadata_too_large, "the metadata takes " + std::to_string(size) + " bytes in the header, which has room for " +
+                                                      std::to_string(metadata_bytes_));
+    }
+
+    /// The header of an image whose data has these digests, one for each digest_chunk_bytes: exactly image.header_bytes bytes.
+    /// Throws as expect_fits does.
+    std::vector<std::byte> header(state const& s, image const& img, commit_values const& values, std::span<std::uint64_t const> chunk_digests) const {
+        expect_fits(values.metadata);
+        return detail::safetensors_header(s, img, values, chunk_digests);
+    }
+
+    checkpoint_identity identify(int fd) const override {
+        auto outline = detail::read_outline(fd);
+        detail::expect_whole_header(fd, outline);
+        struct {
+            metadata_map pairs;
+            void tensor(detail::header_entry const&) noexcept {}
+            void metadata(std::string const& key, std::string const& value, std::uint64_t) {
+                if (!key.starts_with(detail::reserved_prefix)) pairs.emplace(key, value);
+            }
+        } users;
+        detail::visit_header(fd, outline.extent, users);
+        return {detail::parse_count(outline.step, detail::step_key), detail::parse_count(outline.sequence, detail::sequence_key),
+                std::move(users.pairs)};
+    }
+
+    void verify(int fd, unsigned workers) const override { detail::verify_whole(fd, detail::read_outline(fd), workers); }
+
+    void expect_same_layout(int fd, state const& s) const override { detail::match_state(fd, detail::read_outline(fd), s, false); }
+
+    void restore(int fd, state& s, restore_options const& options) const override {
+        auto outline = detail::read_outline(fd);
+        if (options.check_digests) detail::expect_whole_header(fd, outline);
+        auto const tensors = detail::match_state(fd, outline, s, options.model_only);
+        for (auto const& t : tensors)
+            if (t.target->memory == memory_kind::device) throw error(errc::unsupported, "cannot restore " + t.target->name + " into GPU memory");
+        if (options.verify_first) detail::verify_whole(fd, outline, options.workers);
+        // Tied names may share a range, so those that begin before it need not be a suffix: the ends only rise.
+        auto first_behind = [&](std::uint64_t at) {
+            return std::partition_point(tensors.begin(), tensors.end(), [at](auto const& t) { return t.end() <= at; });
+        };
+        auto wanted = [&](std::uint64_t begin, std::uint64_t end) {
+            auto it = first_behind(begin);
+            return it != tensors.end() && it->begin < end;
+        };
+        auto hand_on = [&](std::uint64_t at, std::span<std::byte const> bytes) {
+            auto const end = at + bytes.size();
+            for (auto it = first_behind(at); it != tensors.end() && it->begin < end; ++it) {
+                auto from = std::max(at, it->begin);
+                auto to = std::min(end, it->end());
+                if (from < to) detail::scatter(*it->target, from - it->begin, to - from, bytes.data() + (from - at));
+            }
+        };
+        detail::sweep_granules(fd, outline, options.workers, options.check_digests, wanted, hand_on);
+    }
+
+private:
+    std::uint64_t metadata_bytes_;
+};
+
+static_assert(fixed_layout_format<safetensors>);
+static_assert(format<safetensors>);
+
+}  // namespace varve
