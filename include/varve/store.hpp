@@ -1,18 +1,50 @@
 #pragma once
 
-// (the store's own text follows; this part is what others code against)
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
+#include <mutex>
+#include <optional>
 #include <string>
+#include <system_error>
+#include <utility>
+#include <vector>
+
+#include "varve/concepts/format.hpp"
+#include "varve/detail/slot_pool.hpp"
+#include "varve/detail/store_folder.hpp"
+#include "varve/error.hpp"
+#include "varve/state.hpp"
+#include "varve/system.hpp"
 
 namespace varve {
 
-/// What becomes of a slot when the store opens.
-enum class prepare_mode {
-    write,     ///< allocated and written once, so that every save overwrites
-    allocate,  ///< allocated only
-    none       ///< grows when it is written
+struct store_options {
+    std::size_t in_flight = 1;     ///< N: slots beside those of the kept checkpoints
+    std::size_t keep = 2;          ///< K: the last K checkpoints by sequence, at least 1
+    std::uint64_t keep_every = 0;  ///< checkpoints of every M-th step stay for ever; 0: none
+    prepare_mode prepare = prepare_mode::write;
+    bool wait_until_prepared = false;  ///< the constructor returns when every slot was written once
+    bool fresh = false;                ///< start over; refused with errc::mismatch where there are checkpoints, but for `overwrite`
+    bool overwrite = false;            ///< let go what is there, of whatever run, after the first commit
+    bool durable = true;               ///< false: commits rename and sync nothing (torch.save as users call it)
+    unsigned workers = 2;              ///< threads that read and hash when the store opens
+    std::string made_by = "varve";     ///< for the mark of a new store
+    system_calls* calls = nullptr;     ///< nullptr: the kernel's
+};
+
+/// A checkpoint in a store.
+struct stored_checkpoint {
+    std::uint64_t step = 0;
+    std::uint64_t sequence = 0;
+    std::string name;
+};
+
+/// A file that carries a checkpoint's name and is not whole.
+struct broken_checkpoint {
+    std::string name;
+    std::string why;
 };
 
 /// A checkpoint that was read back into the state.
@@ -20,6 +52,254 @@ struct restored_checkpoint {
     std::uint64_t step = 0;
     std::uint64_t sequence = 0;
     std::filesystem::path path;
+    metadata_map metadata;
+};
+
+/// A folder of checkpoints: naming, slots, commit, retention, recovery. One writer at a time; thread-safe.
+///
+/// What was committed survives a crash at any point: a checkpoint is renamed only when its bytes are durable, and let go
+/// only when a newer one is. Source: FORMAT, "A store".
+class store {
+public:
+    /// Opens the store at `path`, made if it is not there. `slot_bytes` is the size of every checkpoint, 0 where the
+    /// format has none. Throws error: errc::not_a_store, store_locked, mismatch (another format, model or optimizer),
+    /// or the system's, such as std::errc::no_space_on_device.
+    store(std::filesystem::path const& path, file_format const& format, state const& s, std::uint64_t slot_bytes, store_options options = {})
+        : options_(std::move(options)), calls_(options_.calls ? *options_.calls : system_calls::kernel()), format_(format),
+          folder_(path, options_.made_by, calls_), slots_(folder_.get(), slot_bytes, options_.prepare, calls_) {
+        options_.keep = std::max<std::size_t>(1, options_.keep);
+        options_.in_flight = std::max<std::size_t>(1, options_.in_flight);
+        find_checkpoints(s);
+        adopt_partials();
+        fill_slots();
+        slots_.prepare_in_background();
+        if (options_.wait_until_prepared) slots_.wait_until_prepared();
+    }
+
+    int folder() const noexcept { return folder_.get(); }
+    std::filesystem::path const& path() const noexcept { return folder_.path(); }
+
+    /// The checkpoints that count, newest first by sequence.
+    std::vector<stored_checkpoint> checkpoints() const {
+        std::lock_guard lock(mutex_);
+        return {checkpoints_.rbegin(), checkpoints_.rend()};
+    }
+
+    /// Files that carry a checkpoint's name and were found not to be whole.
+    std::vector<broken_checkpoint> broken() const {
+        std::lock_guard lock(mutex_);
+        return broken_;
+    }
+
+    // ---- saving: acquire, then commit or give_back ----
+
+    /// A file to write; made anew if no free one is left. Throws error.
+    slot acquire() {
+        if (auto s = slots_.take()) return *std::move(s);
+        return slots_.make();
+    }
+
+    /// One above any sequence in the store.
+    std::uint64_t next_sequence() const {
+        std::lock_guard lock(mutex_);
+        return highest_sequence_ + 1;
+    }
+
+    /// Renames a slot whose bytes are durable to the checkpoint of that step, makes the name durable, and only then
+    /// lets go what is no longer kept. On an error nothing was let go.
+    std::error_code commit(slot s, std::uint64_t step, std::uint64_t sequence) {
+        auto name = detail::checkpoint_name(step, format_.extension());
+        if (calls_.renameat(folder_.get(), s.name.c_str(), name.c_str()) != 0) {
+            auto ec = last_system_error(errno);
+            give_back(std::move(s), true);
+            return ec;
+        }
+        std::lock_guard lock(mutex_);
+        std::erase_if(checkpoints_, [&](auto const& c) { return c.name == name; });
+        std::erase_if(previous_run_, [&](auto const& n) { return n == name; });
+        std::erase_if(broken_, [&](auto const& b) { return b.name == name; });
+        highest_sequence_ = std::max(highest_sequence_, sequence);
+        if (options_.durable) {
+            if (auto ec = folder_.sync()) {
+                // The name may be on disk or not, so it counts as neither a checkpoint nor a slot.
+                return ec;
+            }
+        }
+        checkpoints_.push_back({step, sequence, name});
+        let_go_locked();
+        return {};
+    }
+
+    /// Returns a slot that was not committed. `trusted` is false after a failed sync: the file is not used again.
+    void give_back(slot s, bool trusted) {
+        s.written = s.written && trusted;
+        if (trusted && slots_.slot_bytes() != 0)
+            slots_.put(std::move(s));
+        else
+            calls_.unlinkat(folder_.get(), s.name.c_str());
+    }
+
+    // ---- restoring ----
+
+    /// Reads the newest whole checkpoint, or the one of `step`, into the state; nothing if the store has none.
+    ///
+    /// A checkpoint that turns out not to be whole is reported by broken() and the one before it is taken. Throws
+    /// errc::mismatch for another model, and errc::no_checkpoint, the tensors being undefined, when none is left.
+    std::optional<restored_checkpoint> restore(state& s, std::optional<std::uint64_t> step, restore_options const& options) {
+        auto candidates = checkpoints();
+        if (step) std::erase_if(candidates, [&](auto const& c) { return c.step != *step; });
+        bool touched = false;
+        for (auto const& candidate : candidates) {
+            try {
+                auto fd = open(candidate.name);
+                auto identity = format_.identify(fd.get());
+                format_.expect_same_layout(fd.get(), s);
+                touched = true;
+                format_.restore(fd.get(), s, options);
+                if (s.restored) s.restored();
+                return restored_checkpoint{identity.step, identity.sequence, path() / candidate.name, identity.metadata};
+            } catch (error const& e) {
+                if (e.code() == errc::mismatch) throw;
+                std::lock_guard lock(mutex_);
+                broken_.push_back({candidate.name, e.what()});
+                std::erase_if(checkpoints_, [&](auto const& c) { return c.name == candidate.name; });
+            }
+        }
+        if (step)
+            throw error(errc::no_checkpoint, path().string() + ": no whole checkpoint of step " + std::to_string(*step) + undefined_if(touched));
+        auto lost = broken();
+        if (lost.empty()) return std::nullopt;
+        throw error(errc::no_checkpoint, path().string() + ": no whole checkpoint is left" + undefined_if(touched) + "; last: " + lost.back().why);
+    }
+
+private:
+    static std::string undefined_if(bool touched) { return touched ? "; the tensors are undefined" : ""; }
+
+    file_descriptor open(std::string const& name) {
+        file_descriptor fd(calls_.openat(folder_.get(), name.c_str(), O_RDONLY, 0), calls_);
+        if (!fd) throw_if(last_system_error(errno), (path() / name).string());
+        return fd;
+    }
+
+    /// Finds what is whole: of the newest K every byte is read, of older ones the structure.
+    void find_checkpoints(state const& s) {
+        std::vector<stored_checkpoint> found;
+        std::string other;
+        for (auto const& name : detail::names_in(folder_.get())) {
+            auto step = detail::step_of_name(name, format_.extension());
+            if (!step) {
+                if (name.starts_with("step-")) other = name;
+                continue;
+            }
+            try {
+                auto identity = format_.identify(open(name).get());
+                found.push_back({identity.step, identity.sequence, name});
+                highest_sequence_ = std::max(highest_sequence_, identity.sequence);
+            } catch (error const& e) {
+                broken_.push_back({name, e.what()});
+            }
+        }
+        if (!options_.overwrite) {
+            if (!other.empty())
+                throw error(errc::mismatch, path().string() + ": holds checkpoints of another format (" + other + "); give another folder or overwrite it");
+            if (options_.fresh && !(found.empty() && broken_.empty()))
+                throw error(errc::mismatch, path().string() + ": holds " + std::to_string(found.size() + broken_.size()) +
+                                                " checkpoints already; continue from them, overwrite them or give another folder");
+        }
+        std::sort(found.begin(), found.end(), [](auto const& a, auto const& b) { return a.sequence > b.sequence; });
+        bool const replace_run = options_.fresh && options_.overwrite;
+        for (auto const& c : found) {
+            try {
+                if (checkpoints_.size() < options_.keep) {
+                    auto fd = open(c.name);
+                    format_.verify(fd.get(), options_.workers);
+                    if (checkpoints_.empty()) {
+                        if (!replace_run) format_.expect_same_layout(fd.get(), s);
+                        make_durable(fd.get());
+                    }
+                }
+                checkpoints_.push_back(c);
+            } catch (error const& e) {
+                if (e.code() == errc::mismatch)
+                    throw error(errc::mismatch, path().string() + ": holds another run: " + e.what() + "; give another folder or overwrite it");
+                if (e.code().category() != category()) throw;
+                broken_.push_back({c.name, e.what()});
+            }
+        }
+        std::reverse(checkpoints_.begin(), checkpoints_.end());
+        if (!replace_run) return;
+        for (auto const& c : checkpoints_) previous_run_.push_back(c.name);
+        for (auto const& b : broken_) previous_run_.push_back(b.name);
+        for (auto const& name : detail::names_in(folder_.get()))
+            if (name.starts_with("step-") && !detail::step_of_name(name, format_.extension())) previous_run_.push_back(name);
+        checkpoints_.clear();
+        broken_.clear();
+    }
+
+    void make_durable(int fd) {
+        if (!options_.durable) return;
+        if (calls_.fdatasync(fd) != 0) throw_if(last_system_error(errno), path().string() + ": cannot make the newest checkpoint durable");
+        throw_if(folder_.sync(), path().string() + ": cannot make the newest checkpoint durable");
+    }
+
+    void adopt_partials() {
+        for (auto const& name : detail::names_in(folder_.get())) {
+            if (!name.starts_with(detail::partial_prefix)) continue;
+            slots_.reserve_name(name);
+            slots_.adopt(name, false);
+        }
+    }
+
+    /// N + K files in all, so that a save never waits for one to be let go.
+    void fill_slots() {
+        if (slots_.slot_bytes() == 0) return;
+        auto wanted = wanted_slots();
+        slots_.shrink(wanted);
+        if (options_.prepare == prepare_mode::none) return;
+        while (slots_.free_count() < wanted) slots_.put(slots_.make());
+    }
+
+    std::size_t wanted_slots() const {
+        return options_.in_flight + options_.keep - std::min(options_.keep, static_cast<std::size_t>(std::count_if(
+                                                                                checkpoints_.begin(), checkpoints_.end(), [&](auto const& c) { return !is_kept_for_ever(c); })));
+    }
+
+    bool is_kept_for_ever(stored_checkpoint const& c) const { return options_.keep_every != 0 && c.step % options_.keep_every == 0; }
+
+    /// Lets go all but the last K, those kept for ever, and what another run left: renamed, the renames made durable,
+    /// and only then free to be overwritten.
+    void let_go_locked() {
+        std::vector<std::string> names = std::exchange(previous_run_, {});
+        auto last = checkpoints_.size() > options_.keep ? checkpoints_.size() - options_.keep : 0;
+        for (std::size_t i = 0; i < last; ++i)
+            if (!is_kept_for_ever(checkpoints_[i])) names.push_back(checkpoints_[i].name);
+        std::erase_if(checkpoints_, [&](auto const& c) { return std::find(names.begin(), names.end(), c.name) != names.end(); });
+        std::vector<std::string> partials;
+        for (auto const& name : names) {
+            auto partial = slots_.new_name();
+            if (calls_.renameat(folder_.get(), name.c_str(), partial.c_str()) == 0) partials.push_back(partial);
+        }
+        if (partials.empty()) return;
+        // Not durable: the old names may come back with a crash, so the files must keep their bytes.
+        bool reusable = options_.durable && !folder_.sync();
+        for (auto const& partial : partials) {
+            if (reusable)
+                slots_.adopt(partial, true);
+            else
+                calls_.unlinkat(folder_.get(), partial.c_str());
+        }
+    }
+
+    store_options options_;
+    system_calls& calls_;
+    file_format const& format_;
+    detail::store_folder folder_;
+    detail::slot_pool slots_;
+    mutable std::mutex mutex_;
+    std::vector<stored_checkpoint> checkpoints_;  ///< oldest first
+    std::vector<broken_checkpoint> broken_;
+    std::vector<std::string> previous_run_;
+    std::uint64_t highest_sequence_ = 0;
 };
 
 }  // namespace varve

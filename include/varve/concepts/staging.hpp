@@ -26,6 +26,7 @@ template <class S>
 concept types = requires {
     typename S::buffer_type;
     typename S::order_type;
+    typename S::point_type;
     typename S::token_type;
 };
 template <class B>
@@ -35,7 +36,7 @@ concept buffer = std::movable<B> && !std::copyable<B> && std::default_initializa
     static_cast<bool>(b);
 };
 template <class T>
-concept token = std::movable<T> && requires(T const& t) {
+concept token = std::copyable<T> && requires(T const& t) {
     { t.wait() } noexcept -> std::same_as<std::error_code>;
 };
 template <class S>
@@ -43,8 +44,12 @@ concept acquire = requires(S& s, std::stop_token stop) {
     { s.acquire(stop) } -> std::same_as<typename S::buffer_type>;
 };
 template <class S>
-concept copy = requires(S& s, typename S::buffer_type& b, std::span<copy_range const> ranges, typename S::order_type order) {
-    { s.copy(b, ranges, order) } noexcept -> std::same_as<typename S::token_type>;
+concept record = requires(S& s, typename S::order_type order) {
+    { s.record(order) } noexcept -> std::same_as<typename S::point_type>;
+};
+template <class S>
+concept copy = requires(S& s, typename S::buffer_type& b, std::span<copy_range const> ranges, typename S::point_type const& after) {
+    { s.copy(b, ranges, after) } noexcept -> std::same_as<typename S::token_type>;
 };
 template <class S>
 concept order_after = requires(S& s, typename S::token_type const& t, typename S::order_type order) {
@@ -70,15 +75,18 @@ concept memory = requires { typename std::integral_constant<memory_kind, S::memo
 ///     a buffer gives it back, on any thread, and wakes one that waits for it;
 ///  3. `block_count()` buffers of `block_bytes()` bytes each exist from the start, in the `regions()`, and never more;
 ///  4. `acquire(stop)` waits for a free buffer and returns an empty one only when `stop` was requested;
-///  5. `copy(buffer, ranges, order)` is noexcept and gathers ranges into the buffer after all work in `order`;
-///  6. it answers with a `token_type`: wait() returns when the copy is done, with its error, on any thread, again and again;
-///  7. `order_type` says what orders copies against the training: empty on a host, a stream on a GPU; `order_after(token,
-///     order)` makes later work in `order` wait for the copy, on a host by waiting itself.
-/// It need not copy asynchronously, and need not be thread-safe but for 2 and 6: one thread acquires and copies.
+///  5. `order_type` says what orders copies against the training: empty on a host, a stream on a GPU. `record(order)` is
+///     noexcept and yields a copyable `point_type`: all work that is in `order` by now;
+///  6. `copy(buffer, ranges, point)` is noexcept and gathers ranges into the buffer once the work before `point` is done;
+///  7. it answers with a copyable `token_type`: wait() returns when the copy is done, with its error, on any thread, again
+///     and again;
+///  8. `order_after(token, order)` makes later work in `order` wait for the copy, on a host by waiting itself.
+/// It need not copy asynchronously. The training thread records and orders while one other thread acquires and copies.
 template <class S>
 concept staging = std::movable<S> && detail::staging_has::memory<S> && detail::staging_has::types<S> &&
                   detail::staging_has::buffer<typename S::buffer_type> && detail::staging_has::token<typename S::token_type> &&
-                  std::copyable<typename S::order_type> && detail::staging_has::acquire<S> && detail::staging_has::copy<S> &&
+                  std::copyable<typename S::order_type> && std::copyable<typename S::point_type> &&
+                  detail::staging_has::acquire<S> && detail::staging_has::record<S> && detail::staging_has::copy<S> &&
                   detail::staging_has::order_after<S> && detail::staging_has::sizes<S> && detail::staging_has::regions<S>;
 
 /// Explains, one line a member, what S lacks to be a staging. Instantiate it where `staging<S>` fails.
@@ -86,15 +94,17 @@ template <class S>
 consteval bool explain_staging() {
     static_assert(std::movable<S>, "varve: a staging must be movable");
     static_assert(detail::staging_has::memory<S>, "varve: a staging must have static constexpr varve::memory_kind memory");
-    static_assert(detail::staging_has::types<S>, "varve: a staging must name buffer_type, order_type and token_type");
+    static_assert(detail::staging_has::types<S>, "varve: a staging must name buffer_type, order_type, point_type and token_type");
     if constexpr (detail::staging_has::types<S>) {
         static_assert(detail::staging_has::buffer<typename S::buffer_type>,
                       "varve: a buffer must be move-only, with std::byte* data() const, std::size_t region() const and operator bool");
-        static_assert(detail::staging_has::token<typename S::token_type>, "varve: a token must have std::error_code wait() const noexcept");
-        static_assert(std::copyable<typename S::order_type>, "varve: an order_type must be copyable");
+        static_assert(detail::staging_has::token<typename S::token_type>, "varve: a token must be copyable, with std::error_code wait() const noexcept");
+        static_assert(std::copyable<typename S::order_type> && std::copyable<typename S::point_type>,
+                      "varve: an order_type and a point_type must be copyable");
+        static_assert(detail::staging_has::record<S>, "varve: a staging must have point_type record(order_type) noexcept");
         static_assert(detail::staging_has::acquire<S>, "varve: a staging must have buffer_type acquire(std::stop_token)");
         static_assert(detail::staging_has::copy<S>,
-                      "varve: a staging must have token_type copy(buffer_type&, std::span<varve::copy_range const>, order_type) noexcept");
+                      "varve: a staging must have token_type copy(buffer_type&, std::span<varve::copy_range const>, point_type const&) noexcept");
         static_assert(detail::staging_has::order_after<S>,
                       "varve: a staging must have std::error_code order_after(token_type const&, order_type) noexcept");
     }

@@ -1,0 +1,330 @@
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <thread>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "varve/checkpointer_options.hpp"
+#include "varve/concepts/format.hpp"
+#include "varve/concepts/scheduling.hpp"
+#include "varve/concepts/sink.hpp"
+#include "varve/concepts/staging.hpp"
+#include "varve/detail/pipeline.hpp"
+#include "varve/detail/stream_saver.hpp"
+#include "varve/error.hpp"
+#include "varve/format/safetensors.hpp"
+#include "varve/state.hpp"
+#include "varve/store.hpp"
+#include "varve/ticket.hpp"
+
+namespace varve {
+
+/// A checkpoint strategy, put together from policies. One loop serves all of them:
+///
+///     ck.begin(step);                  // on a step with a save due: it stands for the state after this step's update
+///     for (layer : layers) {
+///         ck.before_update(layer);     // every step, every layer: nothing that still reads it may be overtaken
+///         update(layer);
+///         ck.layer_ready(layer);
+///     }
+///     ticket t = ck.seal(metadata);    // takes the layers that were not announced
+///
+/// with before_update() for all layers at once, and save(step) after a plain update as begin + all layers + seal. No
+/// checkpoint mixes two steps. All but request_save is called by one thread, the training's. Layers leave in the order
+/// in which the state lists them; one that is announced ahead of an earlier one waits for it.
+template <staging Staging, scheduling Scheduling, sink Sink, format Format = safetensors>
+class checkpointer {
+    static_assert(Sink::accepts(Staging::memory), "varve: this sink does not take memory of this staging's kind");
+    static_assert(fixed_layout_format<Format> || !Scheduling::needs_fixed_layout,
+                  "varve: this scheduling needs a format with a fixed layout; use varve::sync, or another format");
+
+public:
+    using order_type = typename Staging::order_type;
+    static constexpr bool streams = !fixed_layout_format<Format>;
+
+    /// For sinks without files. `s`, and whatever the observers refer to, outlives the checkpointer.
+    checkpointer(state& s, Staging staging, Scheduling scheduling, Sink sink, checkpointer_options options = {}, Format format = {})
+        requires(!file_sink<Sink>)
+        : checkpointer(s, std::move(staging), scheduling, std::move(sink), std::move(options), std::move(format), nullptr, true) {}
+
+    /// For sinks that write files: opens the store at `folder` first; see store for what it throws. The slots in flight
+    /// follow from the scheduling.
+    checkpointer(state& s, Staging staging, Scheduling scheduling, Sink sink, std::filesystem::path const& folder, store_options files = {},
+                 checkpointer_options options = {}, Format format = {})
+        requires(file_sink<Sink>)
+        : checkpointer(s, std::move(staging), scheduling, std::move(sink), std::move(options), std::move(format), &folder, files.durable, files) {}
+
+    checkpointer(checkpointer const&) = delete;
+    checkpointer& operator=(checkpointer const&) = delete;
+    /// Drains for at most checkpointer_options::drain_on_destroy, fails the rest with errc::cancelled, and waits for the
+    /// writes that the sink has taken. Does not throw.
+    ~checkpointer() = default;
+
+    /// Starts the save of `step`, the count of updates done once this step's update is, at least 1. With N saves in
+    /// flight it blocks, skips or replaces, as the options say; a skipped save's loop is run all the same and does
+    /// nothing. Throws errc::state_changed, or errc::out_of_order within a save.
+    ticket begin(std::uint64_t step) {
+        timed inside(stalls_.total_ns);
+        if (current_) throw error(errc::out_of_order, "begin: the save of step " + std::to_string(current_->step()) + " is not sealed");
+        if (step == 0) throw error(std::make_error_code(std::errc::invalid_argument), "begin: steps count from 1");
+        requested_ = false;
+        if (state_.recheck)
+            if (auto ec = state_.recheck()) throw error(ec, "begin of step " + std::to_string(step) + ": " + ec.message());
+        if constexpr (!streams) {
+            if (pipeline_->in_flight() >= in_flight_ && !make_room()) {
+                current_ = std::make_shared<detail::ticket_state>(step);
+                current_->fail(errc::skipped);
+                observers_.on({.what = milestone::skipped, .step = step, .error = errc::skipped});
+                return ticket(current_);
+            }
+            job_ = pipeline_->begin(step);
+            current_ = job_->ticket;
+        } else {
+            announced_.assign(state_.layers.size(), false);
+            current_ = std::make_shared<detail::ticket_state>(step);
+            observers_.on({.what = milestone::begin, .step = step});
+        }
+        return ticket(current_);
+    }
+
+    /// Returns when layer `layer` may be updated by work in `order`: on a host when no copy reads it, on a GPU when the
+    /// stream waits for those that do. Throws errc::out_of_order for a layer that the save under way has announced.
+    void before_update(std::size_t layer, order_type order = {}) {
+        timed inside(stalls_.total_ns);
+        refuse_if_announced(layer, "before_update");
+        wait_for_copies(layer, order);
+    }
+
+    /// The same for all layers at once.
+    void before_update() { before_update_all({}); }
+    void before_update_all(order_type order) {
+        timed inside(stalls_.total_ns);
+        for (std::size_t l = 0; l < state_.layers.size(); ++l) {
+            refuse_if_announced(l, "before_update");
+            wait_for_copies(l, order);
+        }
+    }
+
+    /// The layer's update is done, or is in `order`; a layerwise save copies it from now on. Nothing outside of a save.
+    void layer_ready(std::size_t layer, order_type order = {}) {
+        timed inside(stalls_.total_ns);
+        if (!current_) return;
+        refuse_if_announced(layer, "layer_ready");
+        announce(layer, order);
+    }
+
+    /// Ends the save: announces the layers that were not, adds the metadata, and waits for what the scheduling says.
+    /// Throws errc::out_of_order outside of a save. Errors of the save itself are the ticket's.
+    ticket seal(metadata_map metadata = {}, order_type order = {}) {
+        timed inside(stalls_.total_ns);
+        if (!current_) throw error(errc::out_of_order, "seal: no save was begun");
+        auto outcome = std::exchange(current_, nullptr);
+        ticket result(outcome);
+        if constexpr (streams) {
+            for (std::size_t l = 0; l < state_.layers.size(); ++l)
+                if (!announced_[l] && state_.refresh) state_.refresh(l);
+            outcome->seal();
+            streamer_->save(*outcome, std::move(metadata));
+        } else {
+            auto job = std::exchange(job_, nullptr);
+            if (!job) return result;
+            for (std::size_t l = 0; l < state_.layers.size(); ++l)
+                if (!pipeline_->is_announced(*job, l)) announce_to(job, l, order);
+            if (auto ec = metadata_error(metadata, result.step())) pipeline_->abandon(job, ec);
+            pipeline_->seal(*job, std::move(metadata));
+            timed waiting(stalls_.wait_ns);
+            if constexpr (Scheduling::waits == seal_wait::durable) result.durable().wait();
+            if constexpr (Scheduling::waits == seal_wait::staged) result.staged().wait();
+        }
+        return result;
+    }
+
+    /// begin, all layers, seal: the state as it is now, after an update that before_update() preceded.
+    ticket save(std::uint64_t step, metadata_map metadata = {}, order_type order = {}) {
+        begin(step);
+        return seal(std::move(metadata), order);
+    }
+
+    /// Asks for a save at the next step; safe in a signal handler and on any thread.
+    void request_save() noexcept { requested_ = true; }
+    /// Whether a save was asked for since the last begin.
+    bool save_requested() const noexcept { return requested_; }
+
+    /// Waits until every sealed save is durable or has failed.
+    void drain() {
+        if constexpr (!streams) pipeline_->drain();
+    }
+
+    /// Reads the newest whole checkpoint, or that of `step`, into the state; nothing if there is none. Waits first until
+    /// no save reads the state. Throws as store::restore does.
+    std::optional<restored_checkpoint> restore(std::optional<std::uint64_t> step = {}, restore_options const& options = {})
+        requires(file_sink<Sink>)
+    {
+        if (current_) throw error(errc::out_of_order, "restore: the save of step " + std::to_string(current_->step()) + " is not sealed");
+        drain();
+        auto restored = store_->restore(state_, step, options);
+        if (restored) observers_.on({.what = milestone::restored, .step = restored->step, .bytes = image_bytes()});
+        return restored;
+    }
+
+    stall_times stalls() const noexcept { return stalls_; }
+    /// N in effect: no more than the pool holds images of, at least 1.
+    std::size_t max_in_flight() const noexcept { return in_flight_; }
+    /// Bytes of one checkpoint; for a format that streams, of its tensors.
+    std::uint64_t image_bytes() const noexcept { return image_bytes_; }
+    std::size_t block_bytes() const noexcept { return staging_.block_bytes(); }
+    std::size_t pool_bytes() const noexcept { return streams ? 0 : staging_.block_bytes() * staging_.block_count(); }
+    std::string describe_sink() const { return sink_.describe(); }
+
+    varve::store& files() noexcept
+        requires(file_sink<Sink>)
+    {
+        return *store_;
+    }
+
+private:
+    using clock = std::chrono::steady_clock;
+
+    /// Adds the time of its life to a counter.
+    class timed {
+    public:
+        explicit timed(std::int64_t& to) noexcept : to_(to), since_(clock::now()) {}
+        ~timed() { to_ += std::chrono::duration_cast<std::chrono::nanoseconds>(clock::now() - since_).count(); }
+        timed(timed const&) = delete;
+        timed& operator=(timed const&) = delete;
+
+    private:
+        std::int64_t& to_;
+        clock::time_point since_;
+    };
+
+    checkpointer(state& s, Staging staging, Scheduling scheduling, Sink sink, checkpointer_options options, Format format,
+                 std::filesystem::path const* folder, bool durable, store_options files = {})
+        : state_(s), staging_(std::move(staging)), sink_(std::move(sink)), format_(std::move(format)), observers_(options.observers), busy_(options.busy),
+          image_bytes_(s.size_bytes()) {
+        if constexpr (!streams) {
+            auto layout = format_.lay_out(s);
+            image_bytes_ = layout.size_bytes;
+            auto blocks_per_image = std::max<std::uint64_t>(1, (layout.size_bytes + staging_.block_bytes() - 1) / staging_.block_bytes());
+            in_flight_ = std::clamp<std::size_t>(staging_.block_count() / blocks_per_image, 1, scheduling.max_in_flight());
+        }
+        if (folder) {
+            files.in_flight = in_flight_;
+            store_.emplace(*folder, format_, s, streams ? 0 : image_bytes_, std::move(files));
+        }
+        if constexpr (streams)
+            streamer_.emplace(s, sink_, format_, store_ ? &*store_ : nullptr, durable, options.observers);
+        else
+            pipeline_.emplace(s, staging_, sink_, format_, store_ ? &*store_ : nullptr, Scheduling::copies, options);
+    }
+
+    /// True once fewer than N saves are in flight.
+    bool make_room() {
+        timed waiting(stalls_.wait_ns);
+        if (busy_ == when_busy::skip || (busy_ == when_busy::replace && !pipeline_->replace_newest())) return false;
+        pipeline_->wait_for_room(in_flight_);
+        return true;
+    }
+
+    void wait_for_copies(std::size_t layer, order_type order) {
+        if constexpr (!streams) {
+            if (!pipeline_->busy()) return;
+            timed waiting(stalls_.wait_ns);
+            if (auto ec = pipeline_->before_update(layer, order)) throw error(ec, "before_update of layer " + state_.layers[layer].name + ": " + ec.message());
+        }
+    }
+
+    void refuse_if_announced(std::size_t layer, char const* call) const {
+        bool announced = false;
+        if constexpr (streams)
+            announced = current_ && announced_[layer];
+        else
+            announced = job_ && pipeline_->is_announced(*job_, layer);
+        if (announced)
+            throw error(errc::out_of_order, std::string(call) + ": layer " + state_.layers[layer].name + " was announced already in the save of step " +
+                                                std::to_string(current_->step()));
+    }
+
+    void announce(std::size_t layer, order_type order) {
+        if constexpr (streams) {
+            announced_[layer] = true;
+            if (state_.refresh) state_.refresh(layer);
+        } else if (job_) {
+            announce_to(job_, layer, order);
+        }
+    }
+
+    template <class Job>
+    void announce_to(Job const& job, std::size_t layer, order_type order) {
+        if (state_.refresh) state_.refresh(layer);
+        pipeline_->announce(*job, layer, order);
+    }
+
+    /// Whether the header would be refused for its metadata, before a sealed save writes a byte. Only metadata that
+    /// could be too large is tried.
+    std::error_code metadata_error(metadata_map const& metadata, std::uint64_t step) const {
+        constexpr std::size_t surely_fits_bytes = 512;  // escaped, a byte becomes six at most
+        std::size_t bytes = 0;
+        bool reserved = false;
+        for (auto const& [key, value] : metadata) {
+            bytes += key.size() + value.size() + 1;
+            reserved |= key.starts_with("varve.");
+        }
+        if (bytes <= surely_fits_bytes && !reserved) return {};
+        try {
+            auto const& layout = pipeline_->layout();
+            std::vector<std::uint64_t> digests(detail::chunk_count(layout.data_bytes()));
+            format_.header(state_, layout, {step, std::numeric_limits<std::uint64_t>::max(), metadata}, digests);
+        } catch (error const& e) {
+            return e.code();
+        }
+        return {};
+    }
+
+    struct nothing {
+        template <class... Args>
+        void emplace(Args&&...) {}
+    };
+    struct no_pipeline {
+        struct job_type {};
+        using job_ptr = std::shared_ptr<job_type>;
+    };
+    template <class F>
+    struct engine_of {
+        using pipeline = no_pipeline;
+        using streamer = detail::stream_saver<Sink, F>;
+    };
+    template <fixed_layout_format F>
+    struct engine_of<F> {
+        using pipeline = detail::pipeline<Staging, Sink, F>;
+        using streamer = nothing;
+    };
+    using pipeline_type = typename engine_of<Format>::pipeline;
+
+    state& state_;
+    Staging staging_;
+    Sink sink_;
+    Format format_;
+    observer_list observers_;
+    when_busy busy_;
+    std::uint64_t image_bytes_;
+    std::size_t in_flight_ = 1;
+    stall_times stalls_;
+    std::atomic<bool> requested_{false};
+    std::shared_ptr<detail::ticket_state> current_;  ///< of the save between begin and seal
+    typename pipeline_type::job_ptr job_;            ///< empty for one that was skipped, or that streams
+    std::vector<bool> announced_;                    ///< for formats that stream
+    std::optional<store> store_;
+    std::optional<typename engine_of<Format>::streamer> streamer_;
+    std::optional<pipeline_type> pipeline_;  ///< last: its threads use all of the above
+};
+
+}  // namespace varve

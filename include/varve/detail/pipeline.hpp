@@ -1,0 +1,558 @@
+#pragma once
+
+#include <algorithm>
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <semaphore>
+#include <stop_token>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "varve/checkpointer_options.hpp"
+#include "varve/concepts/format.hpp"
+#include "varve/concepts/scheduling.hpp"
+#include "varve/concepts/sink.hpp"
+#include "varve/concepts/staging.hpp"
+#include "varve/detail/aligned_bytes.hpp"
+#include "varve/detail/digest.hpp"
+#include "varve/detail/save_job.hpp"
+#include "varve/image.hpp"
+#include "varve/state.hpp"
+#include "varve/store.hpp"
+
+namespace varve::detail {
+
+/// Takes announced layers to durable checkpoints, off the training thread.
+///
+/// A save passes three kinds of threads, and its blocks go through them in the image's order:
+///   - one copies: it waits for the next layer to be announced and for a buffer, and has the staging fill it;
+///   - the workers wait for a block's copies, submit its write when it is the save's turn, and hash it meanwhile;
+///   - one commits: it writes the header, syncs and commits, in step order, and hands the turn on.
+/// The copying thread never holds more than one unfinished buffer, so any pool makes progress.
+template <staging Staging, sink Sink, fixed_layout_format Format>
+class pipeline {
+public:
+    using job_type = save_job<Staging, Sink>;
+    using job_ptr = std::shared_ptr<job_type>;
+    using order_type = typename Staging::order_type;
+
+    pipeline(state const& s, Staging& staging, Sink& sink, Format const& format, store* files, copy_moment copies, checkpointer_options const& options)
+        : state_(s), staging_(staging), sink_(sink), format_(format), files_(files), copies_(copies), options_(options), image_(format.lay_out(s)),
+          map_(image_, s, staging.block_bytes()), layers_(s.layers.size()),
+          blocks_per_save_(std::max<std::uint64_t>(1, options.batch_bytes / staging.block_bytes())) {
+        for (auto region : staging_.regions()) {
+            if constexpr (registering_sink<Sink>)
+                slots_.push_back(sink_.register_memory(region));
+            else
+                slots_.push_back(unregistered);
+        }
+        copier_ = std::jthread([this](std::stop_token stop) { copy_loop(stop); });
+        for (unsigned i = 0; i < std::max(1u, options_.digest_workers); ++i)
+            workers_.emplace_back([this](std::stop_token stop) { work_loop(stop); });
+        committer_ = std::jthread([this](std::stop_token stop) { commit_loop(stop); });
+    }
+
+    pipeline(pipeline const&) = delete;
+    pipeline& operator=(pipeline const&) = delete;
+
+    /// Drains for as long as the options say, then cancels; waits for writes that were submitted.
+    ~pipeline() {
+        drain_for(options_.drain_on_destroy);
+        std::vector<job_ptr> rest;
+        {
+            std::lock_guard lock(mutex_);
+            rest.assign(jobs_.begin(), jobs_.end());
+        }
+        cancel_.request_stop();
+        for (auto& job : rest) abandon(job, errc::cancelled);
+        std::unique_lock lock(mutex_);
+        idle_.wait(lock, [&] { return jobs_.empty(); });
+    }
+
+    image const& layout() const noexcept { return image_; }
+    std::size_t blocks() const noexcept { return map_.blocks().size(); }
+
+    // ---- called by the training thread ----
+
+    std::size_t in_flight() const {
+        std::lock_guard lock(mutex_);
+        return in_flight_locked();
+    }
+
+    /// Waits until fewer than `limit` saves are in flight.
+    void wait_for_room(std::size_t limit) {
+        std::unique_lock lock(mutex_);
+        idle_.wait(lock, [&] { return in_flight_locked() < limit; });
+    }
+
+    /// Lets the newest save go that is staged and has not begun to write; false if there is none.
+    bool replace_newest() {
+        job_ptr victim;
+        {
+            std::lock_guard lock(mutex_);
+            for (auto const& job : jobs_)
+                if (job->sealed && job->copied && job->place == turn::waiting && !job->error && job->blocks_staged == blocks()) victim = job;
+        }
+        return victim && abandon(victim, errc::replaced);
+    }
+
+    job_ptr begin(std::uint64_t step) {
+        auto job = std::make_shared<job_type>(step, state_.layers.size(), blocks(), chunk_count(image_.data_bytes()));
+        options_.observers.on({.what = milestone::begin, .step = step, .bytes = image_.size_bytes});
+        std::lock_guard lock(mutex_);
+        jobs_.push_back(job);
+        return job;
+    }
+
+    bool is_announced(job_type const& job, std::size_t layer) const {
+        std::lock_guard lock(mutex_);
+        return job.points[layer].has_value();
+    }
+
+    /// The layer's tensors hold what the save is to hold, once the work in `order` is done.
+    void announce(job_type& job, std::size_t layer, order_type order) {
+        auto point = staging_.record(order);
+        std::uint64_t bytes = 0;
+        for (auto const& t : state_.layers[layer].tensors) bytes += t.size_bytes();
+        options_.observers.on({.what = milestone::layer_ready, .step = job.step(), .bytes = bytes, .layer = state_.layers[layer].name});
+        {
+            std::lock_guard lock(mutex_);
+            if (job.error) return;
+            job.points[layer] = point;
+            if (map_.last_part_of(layer) == block_map::npos) return;
+            auto& l = layers_[layer];
+            if (l.uncopied++ == 0) l.copies.clear();
+            if (!std::exchange(l.busy, true)) ++busy_layers_;
+        }
+        if (copies_ == copy_moment::at_layer_ready) copy_work_.notify_one();
+    }
+
+    void seal(job_type& job, metadata_map metadata) {
+        {
+            std::lock_guard lock(mutex_);
+            job.metadata = std::move(metadata);
+            job.sealed = true;
+            job.ticket->seal();
+        }
+        copy_work_.notify_one();
+        commit_work_.notify_one();
+    }
+
+    /// Returns when nothing that reads the layer's tensors can be overtaken by work that `order` gets from now on.
+    std::error_code before_update(std::size_t layer, order_type order) {
+        if (busy_layers_ == 0) return {};
+        std::vector<typename Staging::token_type> copies;
+        {
+            std::unique_lock lock(mutex_);
+            auto& l = layers_[layer];
+            layer_copied_.wait(lock, [&] { return l.uncopied == 0; });
+            copies.swap(l.copies);
+            if (std::exchange(l.busy, false)) --busy_layers_;
+        }
+        for (auto const& token : copies)
+            if (auto ec = staging_.order_after(token, order)) return ec;
+        return {};
+    }
+
+    /// Whether before_update has anything to wait for, for any layer.
+    bool busy() const noexcept { return busy_layers_ != 0; }
+
+    void drain() {
+        std::unique_lock lock(mutex_);
+        idle_.wait(lock, [&] { return nothing_sealed_locked(); });
+    }
+
+    /// Ends a save early with that outcome; false if it was over already.
+    bool abandon(job_ptr const& job, std::error_code why) {
+        std::vector<std::size_t> held;
+        {
+            std::lock_guard lock(mutex_);
+            if (job->error || job->committing || std::find(jobs_.begin(), jobs_.end(), job) == jobs_.end()) return false;
+            job->error = why;
+            held.swap(job->held);
+        }
+        for (auto b : held) end_of(job->blocks[b]);
+        wake_all();
+        return true;
+    }
+
+private:
+    /// What before_update asks about a layer.
+    struct layer_copies {
+        std::size_t uncopied = 0;                            ///< saves that have announced it and not copied it yet
+        std::vector<typename Staging::token_type> copies{};  ///< that were issued since the last update
+        bool busy = false;                                   ///< announced since the last update; the training thread's
+    };
+
+    struct staged_block {
+        job_ptr job;
+        std::size_t index;
+    };
+
+    std::size_t in_flight_locked() const {
+        return static_cast<std::size_t>(std::count_if(jobs_.begin(), jobs_.end(), [](auto const& j) { return !j->error; }));
+    }
+    bool nothing_sealed_locked() const {
+        return std::none_of(jobs_.begin(), jobs_.end(), [](auto const& j) { return j->sealed || j->error; });
+    }
+    void drain_for(std::chrono::milliseconds limit) {
+        std::unique_lock lock(mutex_);
+        idle_.wait_for(lock, limit, [&] { return nothing_sealed_locked(); });
+    }
+    void wake_all() {
+        { std::lock_guard lock(mutex_); }
+        copy_work_.notify_all();
+        layer_copied_.notify_all();
+        commit_work_.notify_all();
+        idle_.notify_all();
+    }
+
+    // ---- copying ----
+
+    /// The oldest save whose next part may be copied, or which was abandoned before it was.
+    job_ptr next_to_copy() const {
+        for (auto const& job : jobs_) {
+            if (job->copied) continue;
+            if (job->error) return job;
+            if (job->next_block == blocks()) {
+                if (job->sealed) return job;
+                return nullptr;
+            }
+            return may_copy(*job, next_part(*job)) && (job->next_part > 0 || has_room(*job)) ? job : nullptr;
+        }
+        return nullptr;
+    }
+    block_part const& next_part(job_type const& job) const { return map_.parts(map_.blocks()[job.next_block])[job.next_part]; }
+    bool may_copy(job_type const& job, block_part const& part) const {
+        return job.points[part.layer].has_value() && (copies_ == copy_moment::at_layer_ready || job.sealed);
+    }
+    bool has_room(job_type const& job) const { return job.open_blocks < blocks_per_save_; }
+
+    void copy_loop(std::stop_token stop) {
+        std::unique_lock lock(mutex_);
+        for (;;) {
+            job_ptr job;
+            if (!copy_work_.wait(lock, stop, [&] { return (job = next_to_copy()) != nullptr; })) return;
+            if (job->error || job->next_block == blocks()) {
+                end_copying(*job);
+                lock.unlock();
+                if (blocks() == 0) finish_empty(*job);
+                wake_all();
+                lock.lock();
+                continue;
+            }
+            lock.unlock();
+            if (job->next_part == 0) {
+                hand_on_turns();
+                auto buffer = staging_.acquire(cancel_.get_token());
+                lock.lock();
+                if (!buffer || job->error) continue;
+                auto& block = job->blocks[job->next_block];
+                block.job = job.get();
+                block.pipeline = this;
+                block.index = job->next_block;
+                block.buffer = std::move(buffer);
+                block.open_ends = 2;
+                ++job->open_blocks;
+            } else {
+                lock.lock();
+            }
+            copy_parts(job, lock);
+        }
+    }
+
+    /// Copies what may be copied of the next block; takes and returns the lock held.
+    void copy_parts(job_ptr const& job, std::unique_lock<std::mutex>& lock) {
+        auto const& plan = map_.blocks()[job->next_block];
+        auto parts = map_.parts(plan);
+        auto& block = job->blocks[job->next_block];
+        while (job->next_part < parts.size() && !job->error && may_copy(*job, parts[job->next_part])) {
+            auto layer = parts[job->next_part].layer;
+            auto point = *job->points[layer];
+            ranges_.clear();
+            std::size_t end = job->next_part;
+            for (; end < parts.size() && parts[end].layer == layer; ++end) ranges_.push_back(parts[end].range);
+            lock.unlock();
+            auto token = staging_.copy(block.buffer, ranges_, point);
+            bool layer_done = plan.first_part + end == map_.last_part_of(layer) + 1;
+            lock.lock();
+            block.copies.push_back(token);
+            layers_[layer].copies.push_back(token);
+            job->next_part = end;
+            if (!layer_done) continue;
+            --layers_[layer].uncopied;
+            lock.unlock();
+            layer_copied_.notify_all();
+            options_.observers.on({.what = milestone::layer_copied, .step = job->step(), .layer = state_.layers[layer].name});
+            lock.lock();
+        }
+        if (job->error) {
+            // The save was abandoned half way through this block: neither of its ends will come.
+            block.open_ends = 0;
+            block.buffer = {};
+            --job->open_blocks;
+            return;
+        }
+        if (job->next_part < parts.size()) return;
+        staged_.push_back({job, job->next_block});
+        ++job->next_block;
+        job->next_part = 0;
+        staged_work_.notify_one();
+    }
+
+    /// Nothing of this save is copied any more: its announced layers are free.
+    void end_copying(job_type& job) {
+        job.copied = true;
+        if (!job.error) return;
+        for (std::size_t l = 0; l < layers_.size(); ++l) {
+            auto last = map_.last_part_of(l);
+            if (!job.points[l] || last == block_map::npos) continue;
+            auto reached = job.next_block < blocks() ? map_.blocks()[job.next_block].first_part + job.next_part : last + 1;
+            if (last >= reached) --layers_[l].uncopied;
+        }
+    }
+
+    /// A state without a byte has a header all the same.
+    void finish_empty(job_type& job) {
+        options_.observers.on({.what = milestone::staged, .step = job.step()});
+        job.ticket->reach(goal::staged);
+        hand_on_turns();
+    }
+
+    // ---- writing and hashing ----
+
+    void work_loop(std::stop_token stop) {
+        std::unique_lock lock(mutex_);
+        for (;;) {
+            if (!staged_work_.wait(lock, stop, [&] { return !staged_.empty(); })) return;
+            auto [job, index] = std::move(staged_.front());
+            staged_.pop_front();
+            lock.unlock();
+            finish_staging(job, index);
+            job.reset();
+            lock.lock();
+        }
+    }
+
+    void finish_staging(job_ptr const& job, std::size_t index) {
+        auto& block = job->blocks[index];
+        std::error_code failed;
+        for (auto const& token : block.copies)
+            if (auto ec = token.wait()) failed = ec;
+        if (failed) fail(*job, failed);
+        bool all_staged = false, write_now = false, lost = false;
+        {
+            std::lock_guard lock(mutex_);
+            all_staged = ++job->blocks_staged == blocks() && !job->error;
+            lost = static_cast<bool>(job->error);
+            write_now = job->place == turn::writing;
+            if (!lost && !write_now) job->held.push_back(index);
+        }
+        if (all_staged) {
+            options_.observers.on({.what = milestone::staged, .step = job->step(), .bytes = image_.size_bytes});
+            job->ticket->reach(goal::staged);
+        }
+        if (lost) {
+            end_of(block);
+        } else if (write_now) {
+            write(block);
+        }
+        hash(block);
+        end_of(block);
+    }
+
+    void write(typename job_type::block_in_flight& block) {
+        auto const& plan = map_.blocks()[block.index];
+        options_.observers.on({.what = milestone::write, .step = block.job->step(), .bytes = plan.size_bytes});
+        block_of_sink bytes{block.buffer.data(), plan.size_bytes, Staging::memory, slots_[block.buffer.region()]};
+        block.job->target->write(plan.offset_bytes, bytes, {&pipeline::written, &block});
+    }
+
+    static void written(void* context, std::error_code ec) noexcept {
+        auto& block = *static_cast<typename job_type::block_in_flight*>(context);
+        auto& self = *static_cast<pipeline*>(block.pipeline);
+        if (ec) self.fail(*block.job, ec);
+        self.end_of(block);
+    }
+
+    void hash(typename job_type::block_in_flight& block) {
+        auto const& plan = map_.blocks()[block.index];
+        auto first = (plan.offset_bytes - image_.header_bytes) / digest_chunk_bytes;
+        chunk_digests({block.buffer.data(), plan.size_bytes}, std::span(block.job->chunk_digests).subspan(first));
+    }
+
+    void fail(job_type& job, std::error_code why) {
+        std::lock_guard lock(mutex_);
+        if (!job.error) job.error = why;
+    }
+
+    /// One of a block's two ends has come: with the second its buffer is free. Nothing of the job is touched afterwards.
+    void end_of(typename job_type::block_in_flight& block) {
+        typename job_type::buffer_type free;
+        {
+            std::lock_guard lock(mutex_);
+            if (--block.open_ends > 0) return;
+            free = std::move(block.buffer);
+            --block.job->open_blocks;
+            // Woken under the lock: a committer that takes the job away cannot destroy what is notified here.
+            copy_work_.notify_one();
+            commit_work_.notify_one();
+        }
+    }
+
+    /// Opens targets for the saves whose turn it is, oldest first, and submits what they hold.
+    void hand_on_turns() {
+        for (;;) {
+            job_ptr job;
+            {
+                std::lock_guard lock(mutex_);
+                if (writing_ >= options_.writing_at_once) return;
+                auto it = std::find_if(jobs_.begin(), jobs_.end(), [](auto const& j) { return j->place == turn::waiting && !j->error; });
+                if (it == jobs_.end()) return;
+                job = *it;
+                job->place = turn::opening;
+                ++writing_;
+            }
+            std::error_code failed;
+            try {
+                if (files_) {
+                    job->file = files_->acquire();
+                    job->target.emplace(sink_.open({files_->folder(), job->file->name, image_.size_bytes}));
+                } else {
+                    job->target.emplace(sink_.open({-1, {}, image_.size_bytes}));
+                }
+            } catch (error const& e) {
+                failed = e.code();
+            } catch (std::exception const&) {
+                failed = std::make_error_code(std::errc::not_enough_memory);
+            }
+            std::vector<std::size_t> held;
+            bool lost = false;
+            {
+                std::lock_guard lock(mutex_);
+                if (failed && !job->error) job->error = failed;
+                lost = static_cast<bool>(job->error);
+                job->place = turn::writing;
+                held.swap(job->held);
+            }
+            for (auto b : held) lost ? end_of(job->blocks[b]) : write(job->blocks[b]);
+            wake_all();
+        }
+    }
+
+    // ---- committing ----
+
+    void commit_loop(std::stop_token stop) {
+        std::unique_lock lock(mutex_);
+        for (;;) {
+            job_ptr job;
+            // Lost saves leave at once, whole ones in their order.
+            auto next = [&] {
+                for (auto const& j : jobs_)
+                    if (j->over() && (j->error || (j == jobs_.front() && j->place == turn::writing))) return j;
+                return job_ptr{};
+            };
+            if (!commit_work_.wait(lock, stop, [&] { return (job = next()) != nullptr; })) return;
+            job->committing = true;
+            lock.unlock();
+            finish(job);
+            hand_on_turns();
+            lock.lock();
+        }
+    }
+
+    void finish(job_ptr const& job) {
+        std::error_code outcome = job->error;
+        bool synced = true;
+        if (!outcome) outcome = write_header(*job);
+        if (!outcome) {
+            options_.observers.on({.what = milestone::written, .step = job->step(), .bytes = image_.size_bytes});
+            job->ticket->reach(goal::written);
+            outcome = job->target->sync();
+            synced = !outcome;
+        }
+        job->target.reset();
+        if (job->file) {
+            if (outcome)
+                files_->give_back(std::move(*job->file), synced);
+            else
+                outcome = files_->commit(std::move(*job->file), job->step(), sequence_);
+        }
+        auto what = !outcome ? milestone::durable : outcome == errc::replaced ? milestone::replaced : milestone::failed;
+        options_.observers.on({.what = what, .step = job->step(), .bytes = outcome ? 0 : image_.size_bytes, .error = outcome});
+        if (outcome)
+            job->ticket->fail(outcome);
+        else
+            job->ticket->reach(goal::durable);
+        {
+            std::lock_guard lock(mutex_);
+            if (job->place == turn::writing) --writing_;
+            std::erase(jobs_, job);
+        }
+        wake_all();
+    }
+
+    std::error_code write_header(job_type& job) {
+        try {
+            sequence_ = files_ ? files_->next_sequence() : sequence_ + 1;
+            auto bytes = format_.header(state_, image_, {job.step(), sequence_, job.metadata}, job.chunk_digests);
+            aligned_bytes header(bytes);
+            struct answer {
+                std::binary_semaphore came{0};
+                std::error_code error{};
+            } a;
+            job.target->write(0, {header.data(), header.size(), memory_kind::host, unregistered},
+                              {[](void* context, std::error_code ec) noexcept {
+                                   auto& to = *static_cast<answer*>(context);
+                                   to.error = ec;
+                                   to.came.release();
+                               },
+                               &a});
+            a.came.acquire();
+            return a.error;
+        } catch (error const& e) {
+            return e.code();
+        } catch (std::bad_alloc const&) {
+            return std::make_error_code(std::errc::not_enough_memory);
+        }
+    }
+
+    using block_of_sink = varve::block;
+
+    state const& state_;
+    Staging& staging_;
+    Sink& sink_;
+    Format const& format_;
+    store* const files_;
+    copy_moment const copies_;
+    checkpointer_options const options_;
+    image const image_;
+    block_map const map_;
+    std::vector<int> slots_;          ///< of the staging's regions, as the sink registered them
+    std::vector<copy_range> ranges_;  ///< the copying thread's scratch
+
+    mutable std::mutex mutex_;
+    std::condition_variable_any copy_work_, staged_work_, commit_work_;
+    std::condition_variable layer_copied_, idle_;
+    std::deque<job_ptr> jobs_;  ///< in step order, until they are committed or lost
+    std::deque<staged_block> staged_;
+    std::vector<layer_copies> layers_;
+    std::size_t busy_layers_ = 0;  ///< that are busy; the training thread's
+    std::size_t const blocks_per_save_;
+    std::size_t writing_ = 0;
+    std::uint64_t sequence_ = 0;  ///< the committing thread's
+    std::stop_source cancel_;
+
+    std::jthread copier_;
+    std::vector<std::jthread> workers_;
+    std::jthread committer_;
+};
+
+}  // namespace varve::detail

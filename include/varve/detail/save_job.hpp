@@ -1,0 +1,69 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <system_error>
+#include <vector>
+
+#include "varve/image.hpp"
+#include "varve/state.hpp"
+#include "varve/store.hpp"
+#include "varve/ticket.hpp"
+
+namespace varve::detail {
+
+/// A save's place in the line of those that write.
+enum class turn { waiting, opening, writing };
+
+/// One save on its way. But for what says otherwise, the pipeline's mutex guards it.
+template <class Staging, class Sink>
+struct save_job {
+    using buffer_type = typename Staging::buffer_type;
+    using token_type = typename Staging::token_type;
+    using point_type = typename Staging::point_type;
+    using target_type = typename Sink::target_type;
+
+    /// A block of the image while it has a buffer. Its address is the context of its write.
+    struct block_in_flight {
+        save_job* job = nullptr;
+        void* pipeline = nullptr;
+        std::size_t index = 0;
+        buffer_type buffer;
+        std::vector<token_type> copies;
+        int open_ends = 0;  ///< of its write and its hashing, those not done
+    };
+
+    save_job(std::uint64_t step, std::size_t layer_count, std::size_t block_count, std::size_t chunk_count)
+        : ticket(std::make_shared<ticket_state>(step)), points(layer_count), blocks(block_count), chunk_digests(chunk_count) {}
+
+    std::uint64_t step() const noexcept { return ticket->step(); }
+
+    std::shared_ptr<ticket_state> ticket;
+    metadata_map metadata;
+
+    std::vector<std::optional<point_type>> points;  ///< a layer's, once it is announced
+    bool sealed = false;
+
+    std::size_t next_block = 0;  ///< the copying thread's place
+    std::size_t next_part = 0;   ///< within that block
+    bool copied = false;         ///< nothing reads the tensors for this save any more
+    std::size_t blocks_staged = 0;
+
+    std::vector<block_in_flight> blocks;
+    std::vector<std::size_t> held;  ///< staged blocks that wait for the turn
+    std::size_t open_blocks = 0;    ///< between the tensors and the sink
+
+    std::vector<std::uint64_t> chunk_digests;  ///< each written once, by the worker that has its block
+
+    turn place = turn::waiting;
+    std::optional<slot> file;           ///< of file sinks
+    std::optional<target_type> target;  ///< set before place becomes writing, used without the mutex from then on
+    std::error_code error;              ///< the first one; the save is lost with it
+    bool committing = false;            ///< too late to abandon it
+
+    bool over() const noexcept { return copied && open_blocks == 0 && place != turn::opening && (sealed || error); }
+};
+
+}  // namespace varve::detail

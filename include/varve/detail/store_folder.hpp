@@ -1,0 +1,145 @@
+#pragma once
+
+#include <cstdint>
+#include <cstdio>
+#include <dirent.h>
+#include <fcntl.h>
+#include <filesystem>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <sys/stat.h>
+#include <vector>
+
+#include "varve/error.hpp"
+#include "varve/system.hpp"
+#include "varve/version.hpp"
+
+namespace varve::detail {
+
+inline constexpr std::string_view mark_name = ".varve";
+inline constexpr std::string_view partial_prefix = ".partial-";
+inline constexpr int store_version = 1;
+
+/// "step-000000000120.safetensors".
+inline std::string checkpoint_name(std::uint64_t step, std::string_view extension) {
+    char digits[32];
+    std::snprintf(digits, sizeof digits, "step-%012llu", static_cast<unsigned long long>(step));
+    return std::string(digits) + std::string(extension);
+}
+
+/// The step in a checkpoint's name with that extension, or nothing.
+inline std::optional<std::uint64_t> step_of_name(std::string_view name, std::string_view extension) {
+    constexpr std::string_view prefix = "step-";
+    constexpr std::size_t digits = 12;
+    if (name.size() != prefix.size() + digits + extension.size() || !name.starts_with(prefix) || !name.ends_with(extension)) return std::nullopt;
+    std::uint64_t step = 0;
+    for (char c : name.substr(prefix.size(), digits)) {
+        if (c < '0' || c > '9') return std::nullopt;
+        step = step * 10 + static_cast<std::uint64_t>(c - '0');
+    }
+    return step;
+}
+
+/// The names in a folder, but for "." and "..", unsorted.
+inline std::vector<std::string> names_in(int folder) {
+    std::vector<std::string> names;
+    int copy = ::openat(folder, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    std::unique_ptr<DIR, int (*)(DIR*)> stream(copy < 0 ? nullptr : ::fdopendir(copy), ::closedir);
+    if (!stream) throw error(last_system_error(errno), "cannot list the store's folder");
+    while (auto* entry = ::readdir(stream.get())) {
+        std::string_view name = entry->d_name;
+        if (name != "." && name != "..") names.emplace_back(name);
+    }
+    return names;
+}
+
+/// What a store's mark says.
+struct store_mark {
+    int version = store_version;
+    std::string made_by;
+};
+
+/// The mark in `folder`; nothing if there is none, or one that a crash left empty. Throws errc::not_a_store for another's.
+inline std::optional<store_mark> read_mark(int folder, std::filesystem::path const& shown) {
+    file_descriptor fd(::openat(folder, mark_name.data(), O_RDONLY | O_CLOEXEC), system_calls::kernel());
+    if (!fd) return std::nullopt;
+    std::string text(4096, '\0');
+    auto n = ::pread(fd.get(), text.data(), text.size(), 0);
+    text.resize(n > 0 ? static_cast<std::size_t>(n) : 0);
+    if (text.empty()) return std::nullopt;
+    auto json = nlohmann::json::parse(text, nullptr, false);
+    if (!json.is_object() || !json.contains("varve_store") || !json["varve_store"].is_number_integer())
+        throw error(errc::not_a_store, shown.string() + ": its .varve is no mark of a checkpoint store; give another folder");
+    store_mark mark{json["varve_store"].get<int>(), json.contains("made_by") && json["made_by"].is_string() ? json["made_by"].get<std::string>() : ""};
+    if (mark.version > store_version)
+        throw error(errc::not_a_store, shown.string() + ": a store of version " + std::to_string(mark.version) + ", this varve knows " +
+                                           std::to_string(store_version) + "; use a newer varve");
+    return mark;
+}
+
+/// The folder of a store, open and locked for its one writer.
+class store_folder {
+public:
+    /// Opens or makes it; every folder that it makes is durable, with its entry in its parent. Throws errc::not_a_store
+    /// where somebody else's files are, errc::store_locked where another process writes.
+    store_folder(std::filesystem::path const& path, std::string const& made_by, system_calls& calls) : calls_(&calls), path_(std::filesystem::absolute(path).lexically_normal()) {
+        make_folders(path_);
+        folder_ = open_folder(path_);
+        auto mark = read_mark(folder_.get(), path_);
+        if (!mark) {
+            for (auto const& name : names_in(folder_.get()))
+                if (name != mark_name)
+                    throw error(errc::not_a_store, path_.string() + ": not empty and not a checkpoint store (it holds " + name + "); give an empty or new folder");
+        }
+        lock();
+        if (!mark) write_mark(made_by);
+    }
+
+    int get() const noexcept { return folder_.get(); }
+    std::filesystem::path const& path() const noexcept { return path_; }
+
+    std::error_code sync() noexcept { return calls_->fsync(folder_.get()) == 0 ? std::error_code{} : last_system_error(errno); }
+
+private:
+    file_descriptor open_folder(std::filesystem::path const& p) {
+        file_descriptor fd(calls_->openat(AT_FDCWD, p.c_str(), O_RDONLY | O_DIRECTORY, 0), *calls_);
+        if (!fd) throw_if(last_system_error(errno), p.string() + ": cannot open the store's folder");
+        return fd;
+    }
+
+    void make_folders(std::filesystem::path const& p) {
+        struct stat info {};
+        if (p.empty() || ::stat(p.c_str(), &info) == 0) return;
+        if (p.has_parent_path() && p.parent_path() != p) make_folders(p.parent_path());
+        if (calls_->mkdir(p.c_str(), 0777) != 0 && errno != EEXIST) throw_if(last_system_error(errno), p.string() + ": cannot create the store's folder");
+        for (auto const& made : {p, p.parent_path()})
+            if (calls_->fsync(open_folder(made).get()) != 0) throw_if(last_system_error(errno), made.string() + ": cannot make the new folder durable");
+    }
+
+    void lock() {
+        mark_ = file_descriptor(calls_->openat(folder_.get(), mark_name.data(), O_RDWR | O_CREAT, 0666), *calls_);
+        if (!mark_) throw_if(last_system_error(errno), (path_ / mark_name).string() + ": cannot open for writing; check the folder's permissions");
+        if (calls_->flock(mark_.get(), LOCK_EX | LOCK_NB) != 0) {
+            if (errno == EWOULDBLOCK)
+                throw error(errc::store_locked, path_.string() + ": another process is writing to this store; wait for it or give another folder");
+            throw_if(last_system_error(errno), path_.string() + ": cannot lock the store");
+        }
+    }
+
+    void write_mark(std::string const& made_by) {
+        auto text = nlohmann::json{{"varve_store", store_version}, {"made_by", made_by}, {"version", VARVE_VERSION}}.dump() + "\n";
+        if (calls_->pwrite(mark_.get(), text.data(), text.size(), 0) != static_cast<ssize_t>(text.size()) || calls_->fsync(mark_.get()) != 0)
+            throw_if(last_system_error(errno), (path_ / mark_name).string() + ": cannot write the store's mark");
+        throw_if(sync(), path_.string() + ": cannot make the store's mark durable");
+    }
+
+    system_calls* calls_;
+    std::filesystem::path path_;
+    file_descriptor folder_;
+    file_descriptor mark_;
+};
+
+}  // namespace varve::detail
