@@ -51,14 +51,14 @@ public:
     static constexpr bool streams = !fixed_layout_format<Format>;
 
     /// For sinks without files. `s`, and whatever the observers refer to, outlives the checkpointer.
-    checkpointer(state& s, Staging staging, Scheduling scheduling, Sink sink, checkpointer_options options = {}, Format format = {})
+    checkpointer(state& s, Staging staging, Scheduling scheduling, Sink sink, checkpointer_options options = {}, Format format = Format{})
         requires(!file_sink<Sink>)
         : checkpointer(s, std::move(staging), scheduling, std::move(sink), std::move(options), std::move(format), nullptr, true) {}
 
     /// For sinks that write files: opens the store at `folder` first; see store for what it throws. The slots in flight
     /// follow from the scheduling.
     checkpointer(state& s, Staging staging, Scheduling scheduling, Sink sink, std::filesystem::path const& folder, store_options files = {},
-                 checkpointer_options options = {}, Format format = {})
+                 checkpointer_options options = {}, Format format = Format{})
         requires(file_sink<Sink>)
         : checkpointer(s, std::move(staging), scheduling, std::move(sink), std::move(options), std::move(format), &folder, files.durable, files) {}
 
@@ -138,7 +138,7 @@ public:
             if (!job) return result;
             for (std::size_t l = 0; l < state_.layers.size(); ++l)
                 if (!pipeline_->is_announced(*job, l)) announce_to(job, l, order);
-            if (auto ec = metadata_error(metadata, result.step())) pipeline_->abandon(job, ec);
+            if (auto ec = metadata_error(metadata)) pipeline_->abandon(job, ec);
             pipeline_->seal(*job, std::move(metadata));
             timed waiting(stalls_.wait_ns);
             if constexpr (Scheduling::waits == seal_wait::durable) result.durable().wait();
@@ -268,21 +268,10 @@ private:
         pipeline_->announce(*job, layer, order);
     }
 
-    /// Whether the header would be refused for its metadata, before a sealed save writes a byte. Only metadata that
-    /// could be too large is tried.
-    std::error_code metadata_error(metadata_map const& metadata, std::uint64_t step) const {
-        constexpr std::size_t surely_fits_bytes = 512;  // escaped, a byte becomes six at most
-        std::size_t bytes = 0;
-        bool reserved = false;
-        for (auto const& [key, value] : metadata) {
-            bytes += key.size() + value.size() + 1;
-            reserved |= key.starts_with("varve.");
-        }
-        if (bytes <= surely_fits_bytes && !reserved) return {};
+    /// Whether the header would be refused for its metadata; known at seal, before a sync or async save writes a byte.
+    std::error_code metadata_error(metadata_map const& metadata) const {
         try {
-            auto const& layout = pipeline_->layout();
-            std::vector<std::uint64_t> digests(detail::chunk_count(layout.data_bytes()));
-            format_.header(state_, layout, {step, std::numeric_limits<std::uint64_t>::max(), metadata}, digests);
+            format_.expect_fits(metadata);
         } catch (error const& e) {
             return e.code();
         }

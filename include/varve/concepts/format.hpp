@@ -67,6 +67,8 @@ concept lay_out = requires(F const& f, state const& s) {
     { f.lay_out(s) } -> std::same_as<image>;
 };
 template <class F>
+concept expect_fits = requires(F const& f, metadata_map const& m) { f.expect_fits(m); };
+template <class F>
 concept header = requires(F const& f, state const& s, image const& i, commit_values const& v, std::span<std::uint64_t const> chunk_digests) {
     { f.header(s, i, v, chunk_digests) } -> std::same_as<std::vector<std::byte>>;
 };
@@ -79,10 +81,12 @@ concept stream = requires(F const& f, state const& s, commit_values const& v, by
 
 /// F satisfies `fixed_layout_format`, whose image is known before the first byte is written, if it is a file_format and:
 ///  1. `lay_out(state)` gives the same image for the same names, shapes and dtypes;
-///  2. `header(state, image, values, chunk_digests)` gives exactly image.header_bytes bytes, or throws
-///     errc::metadata_too_large; chunk_digests has one XXH3-64 for each digest_chunk_bytes of data.
+///  2. `expect_fits(metadata)` throws errc::metadata_too_large for metadata that the header has no room for;
+///  3. `header(state, image, values, chunk_digests)` gives exactly image.header_bytes bytes, or throws as expect_fits
+///     does; chunk_digests has one XXH3-64 for each digest_chunk_bytes of data.
 template <class F>
-concept fixed_layout_format = std::derived_from<F, file_format> && detail::format_has::lay_out<F> && detail::format_has::header<F>;
+concept fixed_layout_format =
+    std::derived_from<F, file_format> && detail::format_has::lay_out<F> && detail::format_has::expect_fits<F> && detail::format_has::header<F>;
 
 /// F satisfies `streaming_format` if it is a file_format and `stream(state, values, out)` writes the whole file, in order.
 template <class F>
@@ -98,6 +102,8 @@ consteval bool explain_format() {
     static_assert(std::derived_from<F, file_format>, "varve: a format must derive from varve::file_format");
     static_assert(detail::format_has::stream<F> || detail::format_has::lay_out<F>,
                   "varve: a format must have image lay_out(state const&) const, or void stream(state const&, commit_values const&, byte_stream&) const");
+    static_assert(detail::format_has::stream<F> || detail::format_has::expect_fits<F>,
+                  "varve: a fixed layout must have void expect_fits(metadata_map const&) const");
     static_assert(detail::format_has::stream<F> || detail::format_has::header<F>,
                   "varve: a fixed layout must have std::vector<std::byte> header(state const&, image const&, commit_values const&, "
                   "std::span<std::uint64_t const>) const");

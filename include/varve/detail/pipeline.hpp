@@ -261,6 +261,7 @@ private:
                 block.buffer = std::move(buffer);
                 block.open_ends = 2;
                 ++job->open_blocks;
+                job->filling = true;
             } else {
                 lock.lock();
             }
@@ -293,14 +294,8 @@ private:
             options_.observers.on({.what = milestone::layer_copied, .step = job->step(), .layer = state_.layers[layer].name});
             lock.lock();
         }
-        if (job->error) {
-            // The save was abandoned half way through this block: neither of its ends will come.
-            block.open_ends = 0;
-            block.buffer = {};
-            --job->open_blocks;
-            return;
-        }
-        if (job->next_part < parts.size()) return;
+        if (job->error || job->next_part < parts.size()) return;
+        job->filling = false;
         staged_.push_back({job, job->next_block});
         ++job->next_block;
         job->next_part = 0;
@@ -311,6 +306,11 @@ private:
     void end_copying(job_type& job) {
         job.copied = true;
         if (!job.error) return;
+        if (std::exchange(job.filling, false)) {
+            // Lost half way through this block: neither of its ends will come.
+            job.blocks[job.next_block].buffer = {};
+            --job.open_blocks;
+        }
         for (std::size_t l = 0; l < layers_.size(); ++l) {
             auto last = map_.last_part_of(l);
             if (!job.points[l] || last == block_map::npos) continue;

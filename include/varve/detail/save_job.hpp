@@ -48,6 +48,7 @@ struct save_job {
 
     std::size_t next_block = 0;  ///< the copying thread's place
     std::size_t next_part = 0;   ///< within that block
+    bool filling = false;        ///< that block has a buffer
     bool copied = false;         ///< nothing reads the tensors for this save any more
     std::size_t blocks_staged = 0;
 

@@ -1,0 +1,451 @@
+#include "files.hpp"
+#include "support.hpp"
+
+#include <boost/test/unit_test.hpp>
+
+#include <cstring>
+#include <random>
+#include <set>
+
+#include "varve/detail/safetensors_read.hpp"
+#include "varve/format/safetensors.hpp"
+
+namespace {
+
+using namespace varve_test;
+using varve::dtype;
+using varve::errc;
+
+/// All dtypes, an empty tensor, scalars, and sizes that are no multiple of 8; a bit more than two granules.
+owned_state example(std::uint32_t seed = 1) {
+    owned_state s;
+    s.add("embedding", "model.embedding.weight", dtype::F32, {1100, 1024}, seed);
+    s.add("embedding", "optimizer.embedding.weight.step", dtype::I64, {}, seed + 1);
+    s.add("embedding", "optimizer.embedding.weight.exp_avg", dtype::F32, {1100, 1024}, seed + 2);
+    s.add("linear", "model.linear.bias", dtype::F32, {3}, seed + 3);
+    s.add("linear", "model.linear.half", dtype::BF16, {16}, seed + 4);
+    s.add("linear", "model.linear.weight", dtype::F64, {3, 5}, seed + 5);
+    s.add("linear", "model.linear.empty", dtype::F32, {0, 7}, seed);
+    s.add("run", "rng.cpu", dtype::U8, {5056}, seed + 6);
+    s.add("run", "user.odd", dtype::U8, {13}, seed + 7);
+    s.add("run", "user.näme \"quoted\"\\\n", dtype::BOOL, {}, seed + 8);
+    for (std::size_t i = 0; i < varve::dtype_count; ++i) {
+        auto type = static_cast<dtype>(i);
+        s.add("run", "user." + std::string(name(type)), type, {2, 3}, seed + 9);
+    }
+    return s;
+}
+
+std::error_code code_of(std::function<void()> const& call) {
+    try {
+        call();
+    } catch (varve::error const& e) {
+        return e.code();
+    }
+    return {};
+}
+
+std::string line_of(std::function<void()> const& call) {
+    try {
+        call();
+    } catch (varve::error const& e) {
+        return e.what();
+    }
+    return "";
+}
+
+struct files {
+    temporary_folder folder;
+    varve::file_descriptor open(std::string_view bytes) {
+        write_file(folder.path() / "f", bytes);
+        return open_file(folder.path() / "f");
+    }
+};
+
+}  // namespace
+
+BOOST_FIXTURE_TEST_SUITE(safetensors, files)
+
+BOOST_AUTO_TEST_CASE(the_layout_does_not_depend_on_the_step) {
+    auto s = example();
+    varve::safetensors format;
+    auto img = format.lay_out(s.state);
+    BOOST_TEST(img.header_bytes % varve::digest_chunk_bytes == 0u);
+    BOOST_TEST(img.data_bytes() == s.state.size_bytes());
+    std::vector<std::uint64_t> digests(varve::detail::chunk_count(img.data_bytes()), ~std::uint64_t{0});
+    for (std::uint64_t step : {std::uint64_t{1}, ~std::uint64_t{0}})
+        BOOST_TEST(format.header(s.state, img, {step, step, {{"k", std::string(4000, 'x')}}}, digests).size() == img.header_bytes);
+}
+
+BOOST_AUTO_TEST_CASE(layers_stand_in_order_and_every_tensor_is_aligned_for_its_dtype) {
+    auto s = example();
+    auto img = varve::safetensors{}.lay_out(s.state);
+    std::uint64_t at = img.header_bytes;
+    std::size_t layer = 0;
+    std::size_t element = 8;
+    bool tail = false;
+    for (auto const& p : img.tensors) {
+        auto const& t = s.state.layers[p.layer].tensors[p.tensor];
+        BOOST_TEST(p.offset_bytes == at);
+        BOOST_TEST(p.offset_bytes % element_bytes(t.type) == 0u);
+        at += p.size_bytes;
+        bool starts_tail = !tail && p.size_bytes % 8 != 0;
+        if (starts_tail) tail = true;
+        BOOST_TEST((p.size_bytes % 8 != 0) == tail);
+        if (starts_tail || (!tail && p.layer > layer)) element = 8;
+        if (!tail) BOOST_TEST(p.layer >= layer);
+        BOOST_TEST(element_bytes(t.type) <= element);
+        layer = p.layer;
+        element = element_bytes(t.type);
+    }
+    BOOST_TEST(tail);
+    BOOST_TEST(at == img.size_bytes);
+}
+
+BOOST_AUTO_TEST_CASE(what_was_written_is_identified_verified_and_restored_bit_for_bit) {
+    auto s = example();
+    auto const before = s.bytes();
+    varve::commit_values const values{120, 7, {{"epoch", "3"}, {"note", "\"\x01\n\\ä"}}};
+    auto fd = open(checkpoint_bytes(s.state, values));
+    varve::safetensors format;
+    auto identity = format.identify(fd.get());
+    BOOST_TEST(identity.step == 120u);
+    BOOST_TEST(identity.sequence == 7u);
+    BOOST_TEST((identity.metadata == values.metadata));
+    for (unsigned workers : {0u, 1u, 3u}) {
+        format.verify(fd.get(), workers);
+        for (bool verify_first : {false, true})
+            for (bool drop_pages : {false, true}) {
+                auto fresh = example(99);
+                BOOST_TEST((fresh.bytes() != before));
+                ::fsync(fd.get());
+                if (drop_pages) ::posix_fadvise(fd.get(), 0, 0, POSIX_FADV_DONTNEED);
+                format.expect_same_layout(fd.get(), fresh.state);
+                format.restore(fd.get(), fresh.state, {workers, true, verify_first, false});
+                BOOST_TEST((fresh.bytes() == before));
+            }
+    }
+}
+
+BOOST_AUTO_TEST_CASE(the_same_state_gives_the_same_bytes) {
+    auto a = example();
+    auto b = example();
+    BOOST_TEST((checkpoint_bytes(a.state, {1, 1, {}}) == checkpoint_bytes(b.state, {1, 1, {}})));
+}
+
+BOOST_AUTO_TEST_CASE(a_state_without_tensors_is_a_whole_checkpoint) {
+    varve::state nothing;
+    auto fd = open(checkpoint_bytes(nothing, {1, 1, {}}));
+    varve::safetensors{}.verify(fd.get(), 2);
+    varve::safetensors{}.restore(fd.get(), nothing, {});
+}
+
+BOOST_AUTO_TEST_CASE(tensors_with_strides_are_gathered_and_scattered_in_row_major_order) {
+    owned_state a;
+    auto& t = a.add("l", "model.t", dtype::F32, {300, 5, 200});
+    t.strides = {1, 300 * 200, 300};  // some permutation of a dense tensor
+    a.add("l", "model.same", dtype::F32, {300, 5, 200}, 9);
+    auto& odd = a.add("l", "model.column", dtype::I16, {1, 50, 1});
+    odd.strides = {7, 1, 3};  // dimensions of one element may have any stride
+    auto fd = open(checkpoint_bytes(a.state, {1, 1, {}}));
+    owned_state b;
+    b.add("l", "model.t", dtype::F32, {300, 5, 200}, 5);
+    b.add("l", "model.same", dtype::F32, {300, 5, 200}, 5).strides = {1000, 1, 5};
+    b.add("l", "model.column", dtype::I16, {1, 50, 1}, 5);
+    varve::safetensors{}.restore(fd.get(), b.state, {2, true, false, false});
+    BOOST_TEST((a.bytes() == b.bytes()));
+    auto const* base = static_cast<float const*>(a.state.layers[0].tensors[0].data);
+    auto const* dense = static_cast<float const*>(b.state.layers[0].tensors[0].data);
+    BOOST_TEST(std::memcmp(&base[7 + 2 * 60000 + 11 * 300], &dense[7 * 1000 + 2 * 200 + 11], 4) == 0);
+    // A range that begins and ends inside of elements and rows.
+    auto const whole = a.bytes();
+    std::string part(9001, '\0');
+    varve::detail::gather(a.state.layers[0].tensors[0], 1237, part.size(), reinterpret_cast<std::byte*>(part.data()));
+    BOOST_TEST((part == whole.substr(1237, part.size())));
+}
+
+BOOST_AUTO_TEST_CASE(tied_names_are_stored_once_and_found_under_either_name) {
+    owned_state a;
+    a.add("embedding", "model.embedding.weight", dtype::F32, {4, 4}, 3);
+    a.state.aliases["model.head.weight"] = "model.embedding.weight";
+    auto fd = open(checkpoint_bytes(a.state, {1, 1, {}}));
+    auto file = varve::detail::read_safetensors(fd.get());
+    BOOST_TEST(file.tensors.size() == 1u);
+    BOOST_TEST(file.metadata.at("varve.aliases") == R"({"model.head.weight":"model.embedding.weight"})");
+
+    owned_state other_owner;
+    other_owner.add("head", "model.head.weight", dtype::F32, {4, 4}, 8);
+    other_owner.state.aliases["model.embedding.weight"] = "model.head.weight";
+    varve::safetensors{}.restore(fd.get(), other_owner.state, {});
+    BOOST_TEST((other_owner.bytes() == a.bytes()));
+
+    owned_state no_aliases;
+    no_aliases.add("head", "model.head.weight", dtype::F32, {4, 4}, 8);
+    varve::safetensors{}.restore(fd.get(), no_aliases.state, {});
+    BOOST_TEST((no_aliases.bytes() == a.bytes()));
+
+    // A file of somebody who stored it under both names: the one that the state stores counts.
+    owned_state twice;
+    twice.add("l", "model.head.weight", dtype::F32, {4, 4}, 20);
+    twice.add("l", "model.embedding.weight", dtype::F32, {4, 4}, 3);
+    auto both = open(checkpoint_bytes(twice.state, {1, 1, {}}));
+    a.clear();
+    varve::safetensors{}.restore(both.get(), a.state, {});
+    BOOST_TEST((a.bytes() == twice.bytes().substr(64)));
+}
+
+BOOST_AUTO_TEST_CASE(another_model_is_named_before_a_byte_changes) {
+    auto s = example();
+    auto fd = open(checkpoint_bytes(s.state, {1, 1, {}}));
+    varve::safetensors format;
+    auto expect = [&](auto change, std::string const& part) {
+        auto other = example(50);
+        change(other.state);
+        auto const before = other.bytes();
+        for (auto call : {std::function<void()>([&] { format.expect_same_layout(fd.get(), other.state); }),
+                          std::function<void()>([&] { format.restore(fd.get(), other.state, {}); })}) {
+            BOOST_TEST((code_of(call) == errc::mismatch));
+            BOOST_TEST(line_of(call).find(part) != std::string::npos, line_of(call));
+        }
+        BOOST_TEST((other.bytes() == before));
+    };
+    expect([](auto& st) { st.layers[1].tensors[0].name = "model.other"; }, "model.linear.bias");
+    expect([](auto& st) { st.layers[1].tensors.push_back({"model.more", dtype::F32, {0}, nullptr, {}, {}}); }, "lacks the tensor model.more");
+    expect([](auto& st) { st.layers[1].tensors[0].shape = {1, 3}; }, "model.linear.bias is F32 [3], and the state's is F32 [1, 3]");
+    expect([](auto& st) { st.layers[1].tensors[0].type = dtype::I32; }, "F32 [3], and the state's is I32 [3]");
+}
+
+BOOST_AUTO_TEST_CASE(model_only_leaves_everything_else_alone) {
+    auto s = example();
+    auto fd = open(checkpoint_bytes(s.state, {1, 1, {}}));
+    owned_state other;
+    for (auto const& l : s.state.layers)
+        for (auto const& t : l.tensors)
+            if (t.name.starts_with("model.")) other.add(l.name, t.name, t.type, t.shape, 77);
+    other.add("run", "user.mine", dtype::U8, {8}, 5);
+    auto const mine = other.bytes().substr(other.bytes().size() - 8);
+    varve::safetensors{}.restore(fd.get(), other.state, {2, true, false, true});
+    auto const after = other.bytes();
+    BOOST_TEST((after.substr(after.size() - 8) == mine));
+    BOOST_TEST((after.substr(0, 1100 * 1024 * 4) == s.bytes().substr(0, 1100 * 1024 * 4)));
+}
+
+BOOST_AUTO_TEST_CASE(metadata_that_does_not_fit_fails_before_anything_is_written) {
+    auto s = example();
+    varve::safetensors format;
+    auto img = format.lay_out(s.state);
+    std::vector<std::uint64_t> digests(varve::detail::chunk_count(img.data_bytes()));
+    auto code = [&](varve::metadata_map const& m) { return code_of([&] { format.header(s.state, img, {1, 1, m}, digests); }); };
+    BOOST_TEST((code({{"k", std::string(4096, 'x')}}) == errc::metadata_too_large));
+    BOOST_TEST((code({{"k", std::string(1000, '\x01')}}) == errc::metadata_too_large));
+    BOOST_TEST(!code({{"k", std::string(4000, 'x')}}));
+    BOOST_TEST((code({{"varve.mine", "x"}}) == std::errc::invalid_argument));
+    BOOST_TEST((code({{"k", "\xff"}}) == std::errc::invalid_argument));
+    BOOST_TEST((code_of([&] { format.header(s.state, img, {1, 1, {}}, std::span(digests).first(1)); }) == std::errc::invalid_argument));
+}
+
+BOOST_AUTO_TEST_CASE(a_state_that_no_file_can_hold_is_refused) {
+    auto code = [](auto change) {
+        owned_state s;
+        s.add("l", "a", dtype::F32, {2});
+        s.add("l", "b", dtype::F32, {2});
+        change(s.state);
+        return code_of([&] { varve::safetensors{}.lay_out(s.state); });
+    };
+    BOOST_TEST((code([](auto& s) { s.layers[0].tensors[1].name = "a"; }) == std::errc::invalid_argument));
+    BOOST_TEST((code([](auto& s) { s.layers[0].tensors[1].name = "\xc3("; }) == std::errc::invalid_argument));
+    BOOST_TEST((code([](auto& s) { s.layers[0].tensors[1].name = "__metadata__"; }) == std::errc::invalid_argument));
+    BOOST_TEST((code([](auto& s) { s.layers[0].tensors[1].shape = {-1}; }) == std::errc::invalid_argument));
+    BOOST_TEST((code([](auto& s) { s.layers[0].tensors[1].shape = {INT64_MAX, INT64_MAX}; }) == std::errc::invalid_argument));
+    BOOST_TEST((code([](auto& s) { s.aliases["c"] = "nothing"; }) == std::errc::invalid_argument));
+    BOOST_TEST((code([](auto& s) { s.aliases["a"] = "b"; }) == std::errc::invalid_argument));
+}
+
+BOOST_AUTO_TEST_CASE(a_flipped_bit_at_200_random_places_is_found_by_verify_and_by_restore) {
+    auto s = example();
+    auto const good = checkpoint_bytes(s.state, {120, 7, {{"epoch", "3"}}});
+    write_file(folder.path() / "f", good);
+    int fd = ::open((folder.path() / "f").c_str(), O_RDWR | O_CLOEXEC);
+    std::mt19937_64 random(4711);
+    std::vector<std::size_t> places;
+    for (int i = 0; i < 120; ++i) places.push_back(random() % good.size());
+    for (int i = 0; i < 80; ++i) places.push_back(random() % 6000);  // where the JSON is
+    varve::safetensors format;
+    for (auto place : places) {
+        char broken = static_cast<char>(good[place] ^ (1 << random() % 8));
+        BOOST_REQUIRE(::pwrite(fd, &broken, 1, static_cast<off_t>(place)) == 1);
+        auto code = code_of([&] { format.verify(fd, 1); });
+        BOOST_TEST((code == errc::not_whole || code == errc::malformed), "bit flipped at byte " << place);
+        auto fresh = example(5);
+        code = code_of([&] { format.restore(fd, fresh.state, {}); });
+        BOOST_TEST((code == errc::not_whole || code == errc::malformed), "bit flipped at byte " << place);
+        BOOST_REQUIRE(::pwrite(fd, &good[place], 1, static_cast<off_t>(place)) == 1);
+    }
+    format.verify(fd, 1);
+    ::close(fd);
+}
+
+BOOST_AUTO_TEST_CASE(a_broken_granule_is_named_with_its_bytes_and_tensors) {
+    auto s = example();
+    auto bytes = checkpoint_bytes(s.state, {1, 1, {}});
+    bytes.back() = static_cast<char>(bytes.back() ^ 1);
+    auto fd = open(bytes);
+    auto line = line_of([&] { varve::safetensors{}.verify(fd.get(), 2); });
+    auto header = varve::safetensors{}.lay_out(s.state).header_bytes;
+    auto range = "bytes " + std::to_string(header + (8u << 20)) + " to " + std::to_string(bytes.size());
+    BOOST_TEST(line.find(range) != std::string::npos, line);
+    BOOST_TEST(line.find("user.odd") != std::string::npos, line);
+    BOOST_TEST(line.find("user.näme \"quoted\"\\\\x0a") != std::string::npos, line);
+    BOOST_TEST(line.find("model.embedding.weight") == std::string::npos, line);
+}
+
+BOOST_AUTO_TEST_CASE(a_file_cut_anywhere_is_refused) {
+    auto s = example();
+    auto const good = checkpoint_bytes(s.state, {1, 1, {}});
+    for (std::size_t size : {std::size_t{0}, std::size_t{1}, std::size_t{7}, std::size_t{8}, std::size_t{9}, std::size_t{65535}, std::size_t{65536},
+                             std::size_t{65537}, good.size() / 2, good.size() - 1}) {
+        auto fd = open(std::string_view(good).substr(0, size));
+        BOOST_TEST((code_of([&] { varve::safetensors{}.identify(fd.get()); }) == errc::malformed));
+    }
+    auto longer = open(good + "x");
+    BOOST_TEST((code_of([&] { varve::safetensors{}.identify(longer.get()); }) == errc::malformed));
+}
+
+BOOST_AUTO_TEST_CASE(a_file_without_both_digests_is_not_whole_but_restores_without_them) {
+    auto fd = open(file_of(R"({"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}})", "1234"));
+    varve::safetensors format;
+    BOOST_TEST((code_of([&] { format.identify(fd.get()); }) == errc::not_whole));
+    BOOST_TEST((code_of([&] { format.verify(fd.get(), 1); }) == errc::not_whole));
+    owned_state s;
+    s.add("l", "a", dtype::U8, {4});
+    BOOST_TEST((code_of([&] { format.restore(fd.get(), s.state, {}); }) == errc::not_whole));
+    format.restore(fd.get(), s.state, {1, false, false, false});
+    BOOST_TEST(s.bytes() == "1234");
+}
+
+BOOST_AUTO_TEST_CASE(what_the_format_allows_is_read) {
+    auto read = [&](std::string_view json, std::string_view data) { return varve::detail::read_safetensors(open(file_of(json, data)).get()); };
+    BOOST_TEST(read("{}", "").tensors.empty());
+    BOOST_TEST(read("{  }\n\t\r ", "").tensors.empty());
+    BOOST_TEST(read(R"({"__metadata__":{}})", "").metadata.empty());
+    BOOST_TEST(read(R"({"s":{"dtype":"F32","shape":[],"data_offsets":[0,4]}})", "1234").tensors[0].shape.empty());
+    BOOST_TEST(read(R"({"e":{"dtype":"F32","shape":[0,3],"data_offsets":[0,0]}})", "").tensors[0].end == 0u);
+    auto two = read(R"( {"b":{"data_offsets":[1,2],"shape":[1],"dtype":"U8"},"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}})"
+                    + 1, "12");
+    BOOST_TEST(two.tensors[0].name == "a");
+    BOOST_TEST(two.tensors[1].name == "b");
+    auto escaped = read(R"({"__metadata__":{"k\n":"é"},"a\u0000\\":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}})", "");
+    BOOST_TEST(escaped.tensors[0].name == std::string("a\0\\", 3));
+    BOOST_TEST(escaped.metadata.at("k\n") == "é");
+}
+
+BOOST_AUTO_TEST_CASE(hostile_headers_are_refused) {
+    std::string const good = R"("a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]})";
+    std::vector<std::pair<std::string, std::string>> hostile{
+        {"", ""},
+        {" {}", ""},
+        {"[]", ""},
+        {"\xef\xbb\xbf{}", ""},
+        {"{", ""},
+        {"{}}", ""},
+        {"{}{}", ""},
+        {"{}x", ""},
+        {std::string("{}\0", 3), ""},
+        {std::string("{}\0garbage", 10), ""},
+        {"{} 1", ""},
+        {"{" + good + ",}", "1"},
+        {"{" + good + "}", ""},
+        {"{" + good + "}", "12"},
+        {"{}", "1"},
+        {"{" + good + "," + good + "}", "1"},
+        {R"({"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}})", "1"},
+        {R"({"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},"\u0061":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}})", "1"},
+        {R"({"a":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}})", "12"},
+        {R"({"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"b":{"dtype":"U8","shape":[1],"data_offsets":[2,3]}})", "123"},
+        {R"({"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]},"b":{"dtype":"U8","shape":[2],"data_offsets":[1,3]}})", "123"},
+        {R"({"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]},"b":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}})", "12"},
+        {R"({"a":{"dtype":"U8","shape":[1],"data_offsets":[1,0]}})", "1"},
+        {R"({"a":{"dtype":"U8","shape":[2],"data_offsets":[0,1]}})", "1"},
+        {R"({"a":{"dtype":"F32","shape":[1],"data_offsets":[0,1]}})", "1"},
+        {R"({"a":{"dtype":"U8","shape":[1],"data_offsets":[0]}})", "1"},
+        {R"({"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1,1]}})", "1"},
+        {R"({"a":{"dtype":"U8","shape":[1],"data_offsets":[]}})", "1"},
+        {R"({"a":{"dtype":"U8","shape":[1],"data_offsets":[-0,1]}})", "1"},
+        {R"({"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1.0]}})", "1"},
+        {R"({"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1e0]}})", "1"},
+        {R"({"a":{"dtype":"U8","shape":[1],"data_offsets":[0,18446744073709551617]}})", "1"},
+        {R"({"a":{"dtype":"U8","shape":[1],"data_offsets":["0","1"]}})", "1"},
+        {R"({"a":{"dtype":"U8","shape":[-1],"data_offsets":[0,1]}})", "1"},
+        {R"({"a":{"dtype":"U8","shape":[1,null],"data_offsets":[0,1]}})", "1"},
+        {R"({"a":{"dtype":"U8","shape":[[1]],"data_offsets":[0,1]}})", "1"},
+        {R"({"a":{"dtype":"U8","shape":1,"data_offsets":[0,1]}})", "1"},
+        {R"({"a":{"dtype":"U8","shape":[4294967296,4294967296],"data_offsets":[0,0]}})", ""},
+        {R"({"a":{"dtype":"U8","shape":[4294967297,4294967295,4294967297],"data_offsets":[0,1]}})", "1"},
+        {R"({"a":{"dtype":"F64","shape":[2305843009213693952],"data_offsets":[0,0]}})", ""},
+        {R"({"a":{"dtype":"F64","shape":[18446744073709551615],"data_offsets":[0,0]}})", ""},
+        {R"({"a":{"dtype":"F33","shape":[1],"data_offsets":[0,1]}})", "1"},
+        {R"({"a":{"dtype":"f32","shape":[1],"data_offsets":[0,4]}})", "1234"},
+        {R"({"a":{"dtype":8,"shape":[1],"data_offsets":[0,1]}})", "1"},
+        {R"({"a":{"dtype":"U8","data_offsets":[0,1]}})", "1"},
+        {R"({"a":{"shape":[1],"data_offsets":[0,1]}})", "1"},
+        {R"({"a":{"dtype":"U8","shape":[1]}})", "1"},
+        {R"({"a":{"dtype":"U8","dtype":"U8","shape":[1],"data_offsets":[0,1]}})", "1"},
+        {R"({"a":{"dtype":"U8","shape":[1],"strides":[1],"data_offsets":[0,1]}})", "1"},
+        {R"({"a":{"dtype":"U8","shape":[1],"more":{"dtype":"U8"},"data_offsets":[0,1]}})", "1"},
+        {R"({"a":null})", ""},
+        {R"({"a":[]})", ""},
+        {R"({"a":"text"})", ""},
+        {R"({"a":1})", ""},
+        {R"({"a":{}})", ""},
+        {R"({"__metadata__":null})", ""},
+        {R"({"__metadata__":[]})", ""},
+        {R"({"__metadata__":"x"})", ""},
+        {R"({"__metadata__":{"k":1}})", ""},
+        {R"({"__metadata__":{"k":null}})", ""},
+        {R"({"__metadata__":{"k":{"a":"b"}}})", ""},
+        {R"({"__metadata__":{"k":["a"]}})", ""},
+        {R"({"__metadata__":{"k":"a","k":"a"}})", ""},
+        {R"({"__metadata__":{},"__metadata__":{}})", ""},
+        {"{\"\xff\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0,1]}}", "1"},
+        {"{\"__metadata__\":{\"k\":\"\xc0\x80\"}}", ""},
+        {"{\"__metadata__\":{\"k\":\"\xed\xa0\x80\"}}", ""},
+        {R"({"__metadata__":{"k":"\ud800"}})", ""},
+        {"{\"__metadata__\":{\"k\":\"line\nbreak\"}}", ""},
+        {R"({'a':1})", ""},
+        {R"({"a" {"dtype":"U8"}})", ""},
+        {"{/* */}", ""},
+        {"{\"a\":NaN}", ""},
+        {"{" + std::string(100'000, '['), ""},
+        {"{\"a\":" + std::string(100'000, '['), ""},
+        {"{" + good + "}" + std::string(100'000, '}'), "1"},
+    };
+    std::string nested;
+    for (int i = 0; i < 100'000; ++i) nested += "{\"a\":";
+    hostile.push_back({nested, ""});
+    std::string ranks = R"({"a":{"dtype":"U8","shape":[1)";
+    for (int i = 0; i < 2000; ++i) ranks += ",1";
+    hostile.push_back({ranks + R"(],"data_offsets":[0,1]}})", "1"});
+    std::size_t number = 0;
+    for (auto const& [json, data] : hostile) {
+        auto fd = open(file_of(json, data));
+        for (auto call : {std::function<void()>([&] { varve::safetensors{}.identify(fd.get()); }),
+                          std::function<void()>([&] { varve::detail::read_safetensors(fd.get()); })})
+            BOOST_TEST((code_of(call) == errc::malformed), "hostile header " << number << ": " << json.substr(0, 100));
+        ++number;
+    }
+}
+
+BOOST_AUTO_TEST_CASE(a_claimed_header_length_is_checked_against_the_file) {
+    for (std::uint64_t claim : {std::uint64_t{3}, std::uint64_t{100'000'000}, std::uint64_t{100'000'001}, ~std::uint64_t{0}, ~std::uint64_t{0} - 7}) {
+        auto bytes = file_of("{}");
+        std::memcpy(bytes.data(), &claim, 8);
+        BOOST_TEST((code_of([&] { varve::safetensors{}.identify(open(bytes).get()); }) == errc::malformed));
+    }
+}
+
+BOOST_AUTO_TEST_CASE(what_is_no_regular_file_is_refused) {
+    auto fd = open_file(folder.path());
+    BOOST_TEST((code_of([&] { varve::safetensors{}.identify(fd.get()); }) == errc::malformed));
+}
+
+BOOST_AUTO_TEST_SUITE_END()

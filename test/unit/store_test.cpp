@@ -1,0 +1,331 @@
+#include <boost/test/unit_test.hpp>
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <functional>
+#include <map>
+#include <sys/mman.h>
+#include <vector>
+
+#include <varve/checkpointer.hpp>
+#include <varve/scheduling/sync.hpp>
+#include <varve/staging/host.hpp>
+#include <varve/store.hpp>
+
+#include "plain_sinks.hpp"
+#include "support.hpp"
+
+namespace {
+
+using namespace varve_test;
+namespace fs = std::filesystem;
+using varve::errc;
+
+constexpr std::size_t block = varve::block_unit_bytes;
+using saver = varve::checkpointer<varve::host_staging, varve::sync, plain_file_sink>;
+
+/// Logs every call that changes the disk, and fails those that a test names.
+class recording_calls final : public varve::system_calls {
+public:
+    std::vector<std::string> log;
+    std::map<std::string, int> fail;  ///< call -> errno
+    std::map<int, std::string> names;
+
+    int openat(int folder, char const* name, int flags, mode_t mode) override {
+        int fd = system_calls::openat(folder, name, flags, mode);
+        if (fd >= 0) names[fd] = name;
+        return fd;
+    }
+    ssize_t pwrite(int fd, void const* data, std::size_t size, off_t offset) override {
+        log.push_back("write " + names[fd]);
+        return system_calls::pwrite(fd, data, size, offset);
+    }
+    int fdatasync(int fd) override { return refused("fdatasync") ? -1 : (log.push_back("fdatasync " + names[fd]), system_calls::fdatasync(fd)); }
+    int fsync(int fd) override { return refused("fsync") ? -1 : (log.push_back("fsync " + names[fd]), system_calls::fsync(fd)); }
+    int fallocate(int fd, off_t at, off_t size) override { return refused("fallocate") ? -1 : system_calls::fallocate(fd, at, size); }
+    int renameat(int folder, char const* from, char const* to) override {
+        if (refused("rename")) return -1;
+        log.push_back(std::string("rename ") + from + " " + to);
+        return system_calls::renameat(folder, from, to);
+    }
+    int unlinkat(int folder, char const* name) override {
+        log.push_back(std::string("unlink ") + name);
+        return system_calls::unlinkat(folder, name);
+    }
+    int setlease(int fd, int lease) override { return refused("lease") ? -1 : system_calls::setlease(fd, lease); }
+
+private:
+    bool refused(std::string const& call) {
+        auto it = fail.find(call);
+        if (it == fail.end()) return false;
+        errno = it->second;
+        return true;
+    }
+};
+
+varve::store_options options_with(varve::system_calls* calls, std::size_t keep = 2, varve::prepare_mode prepare = varve::prepare_mode::none) {
+    varve::store_options o;
+    o.calls = calls;
+    o.keep = keep;
+    o.prepare = prepare;
+    return o;
+}
+
+struct run {
+    explicit run(fs::path const& dir, varve::store_options o = options_with(nullptr), varve::system_calls& calls = varve::system_calls::kernel())
+        : ck(model.state(), {4 * block, block}, {}, plain_file_sink(std::make_shared<sink_control>(), calls), dir, o) {}
+
+    std::error_code save(std::uint64_t step) {
+        model.update(step);
+        return ck.save(step).durable().wait();
+    }
+    owned_state model;
+    saver ck;
+};
+
+std::vector<std::string> checkpoints_in(fs::path const& dir) {
+    std::vector<std::string> names;
+    for (auto const& e : fs::directory_iterator(dir))
+        if (e.path().filename().string().starts_with("step-")) names.push_back(e.path().filename().string());
+    std::sort(names.begin(), names.end());
+    return names;
+}
+
+std::size_t files_in(fs::path const& dir) { return static_cast<std::size_t>(std::distance(fs::directory_iterator(dir), fs::directory_iterator())); }
+
+std::string name_of(std::uint64_t step) { return varve::detail::checkpoint_name(step, ".safetensors"); }
+
+void flip_bit(fs::path const& file, std::size_t at) {
+    std::fstream f(file, std::ios::in | std::ios::out | std::ios::binary);
+    f.seekg(static_cast<std::streamoff>(at));
+    char c = static_cast<char>(f.get() ^ 4);
+    f.seekp(static_cast<std::streamoff>(at));
+    f.put(c);
+}
+
+template <class Code>
+auto has_code(Code code) {
+    return [code](varve::error const& e) { return e.code() == code; };
+}
+
+}  // namespace
+
+BOOST_AUTO_TEST_SUITE(store_suite)
+
+BOOST_AUTO_TEST_CASE(it_keeps_the_last_k_and_every_mth_step) {
+    temporary_folder dir;
+    auto options = options_with(nullptr, 2);
+    options.keep_every = 30;
+    run r(dir.path(), options);
+    for (std::uint64_t step = 10; step <= 100; step += 10) BOOST_TEST(!r.save(step));
+    std::vector<std::string> expected{name_of(30), name_of(60), name_of(90), name_of(100)};
+    BOOST_TEST(checkpoints_in(dir.path()) == expected, boost::test_tools::per_element());
+}
+
+BOOST_AUTO_TEST_CASE(n_plus_k_files_hold_everything_and_are_used_again) {
+    temporary_folder dir;
+    for (auto prepare : {varve::prepare_mode::write, varve::prepare_mode::allocate}) {
+        auto at = dir.path() / std::to_string(static_cast<int>(prepare));
+        auto options = options_with(nullptr, 2, prepare);
+        options.wait_until_prepared = true;
+        run r(at, options);
+        BOOST_TEST(files_in(at) == 1u + 3u);
+        for (std::uint64_t step = 1; step <= 9; ++step) {
+            BOOST_TEST(!r.save(step));
+            BOOST_TEST(files_in(at) == 1u + 3u);
+        }
+    }
+}
+
+BOOST_AUTO_TEST_CASE(a_commit_takes_its_steps_in_the_order_that_the_format_page_gives) {
+    temporary_folder dir;
+    recording_calls calls;
+    run r(dir.path(), options_with(&calls, 1), calls);
+    BOOST_TEST(!r.save(1));
+    BOOST_TEST(!r.save(2));
+    calls.log.clear();
+    BOOST_TEST(!r.save(3));
+    auto at = [&](std::string_view prefix, std::size_t from = 0) {
+        for (std::size_t i = from; i < calls.log.size(); ++i)
+            if (calls.log[i].starts_with(prefix)) return i;
+        return calls.log.size();
+    };
+    auto data = at("write .partial"), sync = at("fdatasync .partial"), rename = at("rename .partial"), folder = at("fsync", rename);
+    auto let_go = at("rename " + name_of(2)), folder_again = at("fsync", let_go);
+    BOOST_TEST((data < sync && sync < rename && rename < folder && folder < let_go && let_go < folder_again && folder_again < calls.log.size()));
+    // The file that was let go is the next to be overwritten, after all of that.
+    auto partial = calls.log[let_go].substr(calls.log[let_go].rfind(' ') + 1);
+    calls.log.clear();
+    BOOST_TEST(!r.save(4));
+    BOOST_TEST((at("write " + partial) < calls.log.size()));
+}
+
+BOOST_AUTO_TEST_CASE(nothing_is_durable_after_a_failed_sync_and_the_last_good_one_stays) {
+    for (std::string call : {"fdatasync", "fsync", "rename"}) {
+        temporary_folder dir;
+        recording_calls calls;
+        {
+            run r(dir.path(), options_with(&calls, 1), calls);
+            BOOST_TEST(!r.save(1));
+            calls.fail[call] = EIO;
+            BOOST_TEST((r.save(2) == std::errc::io_error), call);
+            BOOST_TEST(fs::exists(dir.path() / name_of(1)), call);
+            calls.fail.clear();
+            BOOST_TEST(!r.save(3));
+        }
+        run again(dir.path());
+        BOOST_TEST(again.ck.restore()->step == 3u);
+        BOOST_TEST(again.model.is_of(3));
+    }
+}
+
+BOOST_AUTO_TEST_CASE(a_reader_that_maps_a_checkpoint_keeps_its_bytes) {
+    temporary_folder dir;
+    run r(dir.path(), options_with(nullptr, 1));
+    BOOST_TEST(!r.save(1));
+    auto size = fs::file_size(dir.path() / name_of(1));
+    varve::file_descriptor fd(::open((dir.path() / name_of(1)).c_str(), O_RDONLY), varve::system_calls::kernel());
+    auto* map = static_cast<char*>(::mmap(nullptr, size, PROT_READ, MAP_PRIVATE, fd.get(), 0));
+    fd.reset();
+    std::vector<char> before(map, map + size);
+    for (std::uint64_t step = 2; step <= 6; ++step) BOOST_TEST(!r.save(step));
+    BOOST_TEST(std::memcmp(before.data(), map, size) == 0);
+    ::munmap(map, size);
+}
+
+BOOST_AUTO_TEST_CASE(a_hard_link_keeps_its_bytes) {
+    temporary_folder dir, elsewhere;
+    run r(dir.path(), options_with(nullptr, 1));
+    BOOST_TEST(!r.save(1));
+    fs::create_hard_link(dir.path() / name_of(1), elsewhere.path() / "mine.safetensors");
+    std::ifstream f(elsewhere.path() / "mine.safetensors", std::ios::binary);
+    std::string before((std::istreambuf_iterator<char>(f)), {});
+    for (std::uint64_t step = 2; step <= 6; ++step) BOOST_TEST(!r.save(step));
+    f.seekg(0);
+    BOOST_TEST((std::string((std::istreambuf_iterator<char>(f)), {}) == before));
+}
+
+BOOST_AUTO_TEST_CASE(one_writer_holds_the_lock) {
+    temporary_folder dir;
+    run r(dir.path());
+    BOOST_CHECK_EXCEPTION(run(dir.path()), varve::error, has_code(errc::store_locked));
+}
+
+BOOST_AUTO_TEST_CASE(somebody_elses_folder_is_refused_and_untouched) {
+    temporary_folder dir;
+    std::ofstream(dir.path() / "thesis.txt") << "text";
+    BOOST_CHECK_EXCEPTION(run(dir.path()), varve::error, has_code(errc::not_a_store));
+    BOOST_TEST(files_in(dir.path()) == 1u);
+}
+
+BOOST_AUTO_TEST_CASE(a_mark_that_a_crash_left_empty_is_written_again) {
+    temporary_folder dir;
+    { std::ofstream mark(dir.path() / ".varve"); }
+    { run r(dir.path()); }
+    BOOST_TEST(fs::file_size(dir.path() / ".varve") > 0u);
+}
+
+BOOST_AUTO_TEST_CASE(a_full_disk_shows_when_the_store_opens) {
+    temporary_folder dir;
+    recording_calls calls;
+    calls.fail["fallocate"] = ENOSPC;
+    BOOST_CHECK_EXCEPTION(run(dir.path(), options_with(&calls, 2, varve::prepare_mode::allocate), calls), varve::error,
+                          has_code(std::errc::no_space_on_device));
+    BOOST_TEST(files_in(dir.path()) == 1u);
+}
+
+BOOST_AUTO_TEST_CASE(a_full_disk_later_fails_the_save_and_nothing_else) {
+    temporary_folder dir;
+    recording_calls calls;
+    run r(dir.path(), options_with(&calls, 1, varve::prepare_mode::allocate), calls);
+    BOOST_TEST(!r.save(1));
+    BOOST_TEST(!r.save(2));
+    // With every file of the store in a reader's hands, the next save needs a new one.
+    calls.fail["lease"] = EAGAIN;
+    calls.fail["fallocate"] = ENOSPC;
+    BOOST_TEST(!r.save(3));
+    BOOST_TEST((r.save(4) == std::errc::no_space_on_device));
+    calls.fail.clear();
+    BOOST_TEST(r.ck.restore()->step == 3u);
+    BOOST_TEST(!r.save(5));
+}
+
+BOOST_AUTO_TEST_CASE(the_checkpoint_before_is_taken_when_the_newest_is_broken) {
+    temporary_folder dir;
+    {
+        run r(dir.path());
+        BOOST_TEST(!r.save(1));
+        BOOST_TEST(!r.save(2));
+    }
+    flip_bit(dir.path() / name_of(2), varve::digest_chunk_bytes + 100);
+    {
+        run r(dir.path());
+        BOOST_TEST(r.ck.files().broken().size() == 1u);
+        BOOST_TEST(r.ck.restore()->step == 1u);
+        BOOST_TEST(r.model.is_of(1));
+        // The broken one does not count towards K and is not touched.
+        BOOST_TEST(!r.save(3));
+        BOOST_TEST(fs::exists(dir.path() / name_of(1)));
+        BOOST_TEST(fs::exists(dir.path() / name_of(2)));
+    }
+    flip_bit(dir.path() / name_of(1), varve::digest_chunk_bytes);
+    flip_bit(dir.path() / name_of(3), varve::digest_chunk_bytes);
+    run r(dir.path());
+    BOOST_CHECK_EXCEPTION(r.ck.restore(), varve::error, has_code(errc::no_checkpoint));
+}
+
+BOOST_AUTO_TEST_CASE(a_checkpoint_that_breaks_while_the_store_is_open_gives_way_in_restore) {
+    temporary_folder dir;
+    run r(dir.path());
+    BOOST_TEST(!r.save(1));
+    BOOST_TEST(!r.save(2));
+    flip_bit(dir.path() / name_of(2), varve::digest_chunk_bytes + 7);
+    BOOST_TEST(r.ck.restore()->step == 1u);
+    BOOST_TEST(r.model.is_of(1));
+    BOOST_TEST(r.ck.files().broken().front().name == name_of(2));
+}
+
+BOOST_AUTO_TEST_CASE(a_store_with_checkpoints_is_not_started_over_by_accident) {
+    temporary_folder dir;
+    {
+        run r(dir.path());
+        BOOST_TEST(!r.save(7));
+    }
+    auto options = options_with(nullptr);
+    options.fresh = true;
+    BOOST_CHECK_EXCEPTION(run(dir.path(), options), varve::error, has_code(errc::mismatch));
+    options.overwrite = true;
+    {
+        run r(dir.path(), options);
+        BOOST_TEST(!r.ck.restore().has_value());
+    }
+    // Nothing was committed, so nothing was let go.
+    run r(dir.path());
+    BOOST_TEST(r.ck.restore()->step == 7u);
+}
+
+BOOST_AUTO_TEST_CASE(partial_files_of_a_dead_writer_are_taken_over) {
+    temporary_folder dir;
+    {
+        run r(dir.path(), options_with(nullptr, 2, varve::prepare_mode::allocate));
+        BOOST_TEST(!r.save(1));
+    }
+    std::ofstream(dir.path() / ".partial-99") << "torn";
+    run r(dir.path(), options_with(nullptr, 2, varve::prepare_mode::allocate));
+    BOOST_TEST(!fs::exists(dir.path() / ".partial-99"));
+    BOOST_TEST(files_in(dir.path()) == 1u + 3u);
+}
+
+BOOST_AUTO_TEST_CASE(saves_leak_no_descriptor) {
+    temporary_folder dir;
+    run r(dir.path());
+    BOOST_TEST(!r.save(1));
+    auto before = files_in("/proc/self/fd");
+    for (std::uint64_t step = 2; step < 60; ++step) BOOST_TEST(!r.save(step));
+    BOOST_TEST(files_in("/proc/self/fd") == before);
+}
+
+BOOST_AUTO_TEST_SUITE_END()
