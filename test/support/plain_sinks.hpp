@@ -106,9 +106,9 @@ private:
 static_assert(varve::file_sink<plain_file_sink>);
 
 /// A state that owns its tensors: `layers` layers of `floats` floats each, and an odd-sized one at the end of each.
-class owned_state {
+class toy_model {
 public:
-    explicit owned_state(std::size_t layers = 4, std::size_t floats = 1000, bool odd = true) {
+    explicit toy_model(std::size_t layers = 4, std::size_t floats = 1000, bool odd = true) {
         for (std::size_t l = 0; l < layers; ++l) {
             varve::layer layer{"layer" + std::to_string(l), {}};
             values_.push_back(std::vector<float>(floats));

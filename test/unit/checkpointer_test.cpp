@@ -57,7 +57,7 @@ struct recorder {
 };
 
 template <class Checkpointer>
-varve::ticket train_step(Checkpointer& ck, owned_state& model, std::uint64_t step, bool save = true) {
+varve::ticket train_step(Checkpointer& ck, toy_model& model, std::uint64_t step, bool save = true) {
     if (save) ck.begin(step);
     for (std::size_t l = 0; l < model.state().layers.size(); ++l) {
         ck.before_update(l);
@@ -71,12 +71,12 @@ varve::ticket train_step(Checkpointer& ck, owned_state& model, std::uint64_t ste
 template <class Scheduling>
 void restores_what_was_saved(Scheduling scheduling, std::size_t pool_blocks) {
     temporary_folder dir;
-    owned_state model(4, floats_per_block + 333);
+    toy_model model(4, floats_per_block + 333);
     {
         checkpointer<Scheduling> ck(model.state(), {pool_blocks * block, block}, scheduling, plain_file_sink{}, dir.path(), quick_store());
         for (std::uint64_t step = 1; step <= 6; ++step) BOOST_TEST(!train_step(ck, model, step).durable().wait_for(30s));
     }
-    owned_state fresh(4, floats_per_block + 333);
+    toy_model fresh(4, floats_per_block + 333);
     checkpointer<Scheduling> ck(fresh.state(), {pool_blocks * block, block}, scheduling, plain_file_sink{}, dir.path(), quick_store());
     auto restored = ck.restore();
     BOOST_REQUIRE(restored.has_value());
@@ -93,7 +93,7 @@ void never_mixes_steps(Scheduling scheduling, std::size_t pool_blocks, std::size
     temporary_folder dir;
     auto control = std::make_shared<sink_control>();
     control->delay = 3ms;
-    owned_state model(6, floats_per_block / 2 + 17);
+    toy_model model(6, floats_per_block / 2 + 17);
     varve::checkpointer_options options;
     options.writing_at_once = writing_at_once;
     std::uint64_t const steps = varve_test::full() ? 60 : 12;
@@ -133,7 +133,7 @@ BOOST_AUTO_TEST_CASE(no_checkpoint_mixes_two_steps) {
 
 BOOST_AUTO_TEST_CASE(a_layerwise_save_writes_before_the_last_layer_is_updated) {
     temporary_folder dir;
-    owned_state model(4, 2 * floats_per_block);
+    toy_model model(4, 2 * floats_per_block);
     recorder seen;
     varve::checkpointer_options options;
     options.observers.add(seen);
@@ -155,7 +155,7 @@ BOOST_AUTO_TEST_CASE(a_layerwise_save_writes_before_the_last_layer_is_updated) {
 
 BOOST_AUTO_TEST_CASE(what_is_announced_out_of_order_is_saved_all_the_same) {
     temporary_folder dir;
-    owned_state model(4, floats_per_block);
+    toy_model model(4, floats_per_block);
     checkpointer<varve::layerwise<1>> ck(model.state(), {2 * block, block}, {}, plain_file_sink{}, dir.path(), quick_store());
     ck.begin(1);
     for (std::size_t l : {3, 1, 2}) {
@@ -173,7 +173,7 @@ BOOST_AUTO_TEST_CASE(what_is_announced_out_of_order_is_saved_all_the_same) {
 
 BOOST_AUTO_TEST_CASE(calls_that_have_no_meaning_are_refused) {
     temporary_folder dir;
-    owned_state model;
+    toy_model model;
     checkpointer<varve::layerwise<2>> ck(model.state(), {block, block}, {}, plain_file_sink{}, dir.path(), quick_store());
     auto is_out_of_order = [](varve::error const& e) { return e.code() == errc::out_of_order; };
     BOOST_CHECK_EXCEPTION(ck.seal(), varve::error, is_out_of_order);
@@ -191,7 +191,7 @@ BOOST_AUTO_TEST_CASE(calls_that_have_no_meaning_are_refused) {
 
 BOOST_AUTO_TEST_CASE(a_state_that_moved_is_an_error_at_begin) {
     temporary_folder dir;
-    owned_state model;
+    toy_model model;
     model.state().recheck = [] { return make_error_code(errc::state_changed); };
     checkpointer<varve::sync> ck(model.state(), {block, block}, {}, plain_file_sink{}, dir.path(), quick_store());
     BOOST_CHECK_EXCEPTION(ck.begin(1), varve::error, [](auto const& e) { return e.code() == errc::state_changed; });
@@ -201,7 +201,7 @@ BOOST_AUTO_TEST_CASE(a_busy_checkpointer_skips_when_told_to) {
     temporary_folder dir;
     auto control = std::make_shared<sink_control>();
     control->close_gate();
-    owned_state model;
+    toy_model model;
     varve::checkpointer_options options;
     options.busy = varve::when_busy::skip;
     checkpointer<varve::async<2>> ck(model.state(), {4 * block, block}, {}, plain_file_sink(control), dir.path(), quick_store(), options);
@@ -221,7 +221,7 @@ BOOST_AUTO_TEST_CASE(the_newest_that_waits_gives_way_when_told_to) {
     temporary_folder dir;
     auto control = std::make_shared<sink_control>();
     control->close_gate();
-    owned_state model;
+    toy_model model;
     varve::checkpointer_options options;
     options.busy = varve::when_busy::replace;
     checkpointer<varve::async<2>> ck(model.state(), {4 * block, block}, {}, plain_file_sink(control), dir.path(), quick_store(), options);
@@ -240,7 +240,7 @@ BOOST_AUTO_TEST_CASE(the_newest_that_waits_gives_way_when_told_to) {
 
 BOOST_AUTO_TEST_CASE(a_pool_smaller_than_n_images_lowers_n) {
     temporary_folder dir;
-    owned_state model(4, floats_per_block);
+    toy_model model(4, floats_per_block);
     checkpointer<varve::async<4>> small(model.state(), {2 * block, block}, {}, plain_file_sink{}, dir.path() / "a", quick_store());
     BOOST_TEST(small.max_in_flight() == 1u);
     checkpointer<varve::async<4>> middle(model.state(), {11 * block, block}, {}, plain_file_sink{}, dir.path() / "b", quick_store());
@@ -251,7 +251,7 @@ BOOST_AUTO_TEST_CASE(a_batch_limits_what_a_save_holds) {
     temporary_folder dir;
     auto control = std::make_shared<sink_control>();
     control->close_gate();
-    owned_state model(4, floats_per_block);
+    toy_model model(4, floats_per_block);
     recorder seen;
     varve::checkpointer_options options;
     options.batch_bytes = 2 * block;
@@ -268,7 +268,7 @@ BOOST_AUTO_TEST_CASE(a_batch_limits_what_a_save_holds) {
 BOOST_AUTO_TEST_CASE(a_failed_write_loses_its_save_and_nothing_else) {
     temporary_folder dir;
     auto control = std::make_shared<sink_control>();
-    owned_state model(4, floats_per_block);
+    toy_model model(4, floats_per_block);
     for (int nth = 0; nth < 6; ++nth) {
         auto at = dir.path() / std::to_string(nth);
         checkpointer<varve::layerwise<2>> ck(model.state(), {3 * block, block}, {}, plain_file_sink(control), at, quick_store());
@@ -288,7 +288,7 @@ BOOST_AUTO_TEST_CASE(a_failed_write_loses_its_save_and_nothing_else) {
 BOOST_AUTO_TEST_CASE(metadata_that_does_not_fit_fails_its_save_before_a_byte_is_written) {
     temporary_folder dir;
     auto control = std::make_shared<sink_control>();
-    owned_state model;
+    toy_model model;
     checkpointer<varve::async<2>> ck(model.state(), {4 * block, block}, {}, plain_file_sink(control), dir.path(), quick_store());
     model.update(1);
     auto refused = ck.save(1, {{"note", std::string(5000, 'x')}});
@@ -304,7 +304,7 @@ BOOST_AUTO_TEST_CASE(metadata_that_does_not_fit_fails_its_save_before_a_byte_is_
 BOOST_AUTO_TEST_CASE(the_destructor_cancels_what_does_not_end_in_time) {
     temporary_folder dir;
     auto control = std::make_shared<sink_control>();
-    owned_state model(3, floats_per_block);
+    toy_model model(3, floats_per_block);
     std::vector<varve::ticket> tickets;
     {
         varve::checkpointer_options options;
@@ -325,7 +325,7 @@ BOOST_AUTO_TEST_CASE(the_destructor_cancels_what_does_not_end_in_time) {
 
 BOOST_AUTO_TEST_CASE(a_checkpoint_of_another_model_is_refused) {
     temporary_folder dir;
-    owned_state small(2), large(3);
+    toy_model small(2), large(3);
     {
         checkpointer<varve::sync> ck(small.state(), {block, block}, {}, plain_file_sink{}, dir.path(), quick_store());
         ck.save(1);
@@ -347,7 +347,7 @@ BOOST_AUTO_TEST_CASE(a_checkpoint_of_another_model_is_refused) {
 
 BOOST_AUTO_TEST_CASE(going_back_and_training_on_makes_the_new_line_the_newest) {
     temporary_folder dir;
-    owned_state model;
+    toy_model model;
     {
         checkpointer<varve::layerwise<1>> ck(model.state(), {block, block}, {}, plain_file_sink{}, dir.path(), quick_store(3));
         for (std::uint64_t step : {50, 110, 120}) train_step(ck, model, step);
@@ -364,7 +364,7 @@ BOOST_AUTO_TEST_CASE(stalls_are_counted) {
     temporary_folder dir;
     auto control = std::make_shared<sink_control>();
     control->delay = 20ms;
-    owned_state model;
+    toy_model model;
     checkpointer<varve::sync> ck(model.state(), {block, block}, {}, plain_file_sink(control), dir.path(), quick_store());
     ck.save(1);
     auto stalls = ck.stalls();
@@ -375,7 +375,7 @@ BOOST_AUTO_TEST_CASE(stalls_are_counted) {
 
 BOOST_AUTO_TEST_CASE(a_requested_save_is_seen_until_the_next_begin) {
     temporary_folder dir;
-    owned_state model;
+    toy_model model;
     checkpointer<varve::sync> ck(model.state(), {block, block}, {}, plain_file_sink{}, dir.path(), quick_store());
     BOOST_TEST(!ck.save_requested());
     ck.request_save();

@@ -82,7 +82,7 @@ struct run {
         model.update(step);
         return ck.save(step).durable().wait();
     }
-    owned_state model;
+    toy_model model;
     saver ck;
 };
 

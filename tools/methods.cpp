@@ -1,0 +1,264 @@
+#include "methods.hpp"
+
+#include <algorithm>
+#include <array>
+#include <fstream>
+#include <thread>
+#include <unistd.h>
+#include <utility>
+
+#include "build_config.hpp"
+#include "errors.hpp"
+#include "varve/checkpointer.hpp"
+#include "varve/scheduling/async.hpp"
+#include "varve/scheduling/layerwise.hpp"
+#include "varve/scheduling/sync.hpp"
+#include "varve/sink/memory.hpp"
+#include "varve/sink/null.hpp"
+#include "varve/staging/host.hpp"
+#if VARVE_TOOL_WITH_POSIX
+#include "varve/posix/sink.hpp"
+#endif
+#if VARVE_TOOL_WITH_URING
+#include "varve/uring/sink.hpp"
+#endif
+#if VARVE_TOOL_WITH_TORCH
+#include "varve/torch/archive.hpp"
+#include "varve/torch/training_state.hpp"
+#endif
+
+namespace varve::tool {
+namespace {
+
+#if VARVE_TOOL_WITH_TORCH
+
+unsigned digest_workers(method_settings const& s) { return std::clamp(s.num_threads, 1u, std::max(1u, std::thread::hardware_concurrency())); }
+
+/// A quarter of the memory that this process may use: the machine's, or what its control group allows.
+std::uint64_t largest_pool_bytes() {
+    auto usable = static_cast<std::uint64_t>(::sysconf(_SC_PHYS_PAGES)) * static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE));
+    std::ifstream limit("/sys/fs/cgroup/memory.max");
+    if (std::uint64_t bytes = 0; limit >> bytes) usable = std::min(usable, bytes);
+    return usable / 4;
+}
+
+store_options store_options_of(method_settings const& s) {
+    store_options o;
+    o.keep = s.keep;
+    o.keep_every = s.keep_every;
+    o.prepare = s.prepare;
+    o.wait_until_prepared = s.wait_for_preparation;
+    o.fresh = s.fresh;
+    o.overwrite = s.overwrite;
+    o.durable = s.durable_traditional;
+    o.workers = digest_workers(s);
+    o.made_by = s.made_by;
+    return o;
+}
+
+checkpointer_options checkpointer_options_of(method_settings const& s, std::size_t writing_at_once) {
+    checkpointer_options o;
+    o.busy = s.busy;
+    o.writing_at_once = writing_at_once;
+    if (s.batch_bytes != 0) o.batch_bytes = s.batch_bytes;
+    o.digest_workers = digest_workers(s);
+    o.observers = s.observers;
+    return o;
+}
+
+/// A checkpointer behind running_method.
+template <class Checkpointer>
+class strategy final : public running_method {
+public:
+    template <class... Args>
+    strategy(bool by_layer, method_facts facts, Args&&... args) : by_layer_(by_layer), facts_(std::move(facts)), ck_(std::forward<Args>(args)...) {
+        facts_.sink = ck_.describe_sink();
+        facts_.image_bytes = ck_.image_bytes();
+        facts_.pool_bytes = ck_.pool_bytes();
+        facts_.block_bytes = Checkpointer::streams ? 0 : ck_.block_bytes();
+        facts_.max_in_flight = ck_.max_in_flight();
+    }
+
+    bool updates_by_layer() const override { return by_layer_; }
+    ticket begin(std::uint64_t step) override { return ck_.begin(step); }
+    void before_update() override { ck_.before_update(); }
+    void before_update(std::size_t layer) override { ck_.before_update(layer); }
+    void layer_ready(std::size_t layer) override { ck_.layer_ready(layer); }
+    ticket seal(metadata_map metadata) override { return ck_.seal(std::move(metadata)); }
+    void drain() override { ck_.drain(); }
+    stall_times stalls() const override { return ck_.stalls(); }
+    method_facts facts() const override { return facts_; }
+
+    std::optional<restored_checkpoint> restore(std::optional<std::uint64_t> step, restore_options const& options) override {
+        if constexpr (requires { ck_.restore(step, options); })
+            return ck_.restore(step, options);
+        else
+            return std::nullopt;
+    }
+
+    std::filesystem::path newest_path() const override {
+        if constexpr (requires { ck_.files(); }) {
+            auto saved = ck_.files().checkpoints();
+            if (!saved.empty()) return ck_.files().path() / saved.front().name;
+        }
+        return {};
+    }
+
+private:
+    bool by_layer_;
+    method_facts facts_;
+    mutable Checkpointer ck_;
+};
+
+/// Puts the parts together: the block's size follows from the sink and --buffer-size-mb, the pool's from the image.
+template <class Scheduling, class Sink>
+std::unique_ptr<running_method> start_with(libtorch::training_state& training, method_settings const& s, Scheduling scheduling, Sink sink,
+                                           method_facts facts, std::size_t writing_at_once) {
+    constexpr bool by_layer = Scheduling::copies == copy_moment::at_layer_ready;
+    std::uint64_t block_bytes = sink.limits().best_block_bytes;
+    if (by_layer && s.buffer_bytes != 0)
+        block_bytes = std::clamp<std::uint64_t>(s.buffer_bytes / block_unit_bytes * block_unit_bytes, block_unit_bytes, block_bytes);
+    auto image_bytes = safetensors{}.lay_out(training.state()).size_bytes;
+    auto pool_bytes = s.pool_bytes != 0 ? s.pool_bytes : (image_bytes + block_bytes - 1) / block_bytes * block_bytes;
+    host_staging staging(std::min(pool_bytes, largest_pool_bytes()), block_bytes);
+    facts.writing_at_once = writing_at_once;
+    facts.digest_workers = digest_workers(s);
+    using checkpointer_type = checkpointer<host_staging, Scheduling, Sink>;
+    auto options = checkpointer_options_of(s, writing_at_once);
+    if constexpr (file_sink<Sink>) {
+        auto files = store_options_of(s);
+        files.durable = true;
+        return std::make_unique<strategy<checkpointer_type>>(by_layer, std::move(facts), training.state(), std::move(staging), scheduling,
+                                                             std::move(sink), s.dir, std::move(files), std::move(options));
+    } else {
+        return std::make_unique<strategy<checkpointer_type>>(by_layer, std::move(facts), training.state(), std::move(staging), scheduling,
+                                                             std::move(sink), std::move(options));
+    }
+}
+
+template <class Sink>
+std::unique_ptr<running_method> start_scheduling(libtorch::training_state& training, method_settings const& s, std::string_view scheduling, Sink sink,
+                                                 std::string const& sink_name, bool all_write = false) {
+    method_facts facts;
+    facts.combination = "host+" + std::string(scheduling) + "+" + sink_name;
+    facts.writer_threads = sink_name == "posix" ? std::max(1u, s.num_threads) : 0;
+    auto n = std::max<std::size_t>(1, s.max_async);
+    if (scheduling == "sync") return start_with(training, s, sync{}, std::move(sink), std::move(facts), 1);
+    if (scheduling == "async") return start_with(training, s, async<dynamic>(n), std::move(sink), std::move(facts), all_write ? n : 1);
+    return start_with(training, s, layerwise<dynamic>(n), std::move(sink), std::move(facts), 1);
+}
+
+#if VARVE_TOOL_WITH_POSIX
+posix::sink posix_sink(method_settings const& s) { return posix::sink({.writer_threads = std::max(1u, s.num_threads)}); }
+
+/// torch.save: one thread, through the page cache, everything stops.
+std::unique_ptr<running_method> start_traditional(libtorch::training_state& training, method_settings const& s, bool durable) {
+    auto files = store_options_of(s);
+    files.durable = durable;
+    files.prepare = prepare_mode::none;
+    method_facts facts;
+    facts.combination = "host+sync+posix, torch archive";
+    facts.writer_threads = 1;
+    using checkpointer_type = checkpointer<host_staging, sync, posix::sink, libtorch::archive>;
+    return std::make_unique<strategy<checkpointer_type>>(
+        false, std::move(facts), training.state(), host_staging(block_unit_bytes, block_unit_bytes), sync{},
+        posix::sink({.writer_threads = 1, .direct = posix::direct_io::never}), s.dir, std::move(files), checkpointer_options_of(s, 1),
+        libtorch::archive(training));
+}
+#endif
+
+std::unique_ptr<running_method> start_combination(libtorch::training_state& training, method_settings const& s, std::string const& scheduling,
+                                                  std::string const& sink) {
+    if (sink == "null") return start_scheduling(training, s, scheduling, null_sink{}, sink);
+    if (sink == "memory") return start_scheduling(training, s, scheduling, memory_sink{}, sink);
+#if VARVE_TOOL_WITH_URING
+    // posix takes over only where the ring itself is refused; the facts say what ran.
+    if (sink == "io_uring" && !uring::sink::available())
+        return start_scheduling(training, s, scheduling, uring::sink({.queue_depth = std::max(1u, s.num_threads)}), sink);
+#endif
+#if VARVE_TOOL_WITH_POSIX
+    return start_scheduling(training, s, scheduling, posix_sink(s), "posix");
+#else
+    throw usage_error(sink + ": not built");
+#endif
+}
+
+#endif  // VARVE_TOOL_WITH_TORCH
+
+/// Why the part cannot run in this build or here; empty if it can.
+std::string missing_part(std::string const& part) {
+    if (part == "pinned") return "pinned staging needs a GPU backend, which this varve does not have";
+    if (part == "gds") return "GPUDirect staging needs a GPU backend, which this varve does not have";
+    if (part == "asio") return "the Asio sink is not part of this varve";
+    if (part == "posix" && !VARVE_TOOL_WITH_POSIX) return "built without the posix backend";
+    if (part == "io_uring" && !VARVE_TOOL_WITH_URING) return "built without io_uring; install liburing and build again";
+#if VARVE_TOOL_WITH_URING && !VARVE_TOOL_WITH_POSIX
+    if (part == "io_uring" && uring::sink::available()) return "the kernel refuses io_uring here";
+#endif
+    return {};
+}
+
+method_entry combination(std::string const& staging, std::string const& scheduling, std::string const& sink) {
+    method_entry e;
+    e.name = e.result_key = staging + "+" + scheduling + "+" + sink;
+    e.description = staging + " staging, " + scheduling + " scheduling, " + sink + " sink";
+    e.missing = missing_part(staging);
+    if (e.missing.empty()) e.missing = missing_part(sink);
+    e.writes_files = sink != "null" && sink != "memory";
+#if VARVE_TOOL_WITH_TORCH
+    e.start = [scheduling, sink](libtorch::training_state& training, method_settings s) { return start_combination(training, s, scheduling, sink); };
+#else
+    if (e.missing.empty()) e.missing = "built without LibTorch; install torch and build again";
+#endif
+    return e;
+}
+
+std::vector<method_entry> make_methods() {
+    std::vector<method_entry> all;
+    auto documented = [&](std::string name, std::string key, std::string description, method_entry like) {
+        like.name = std::move(name);
+        like.result_key = std::move(key);
+        like.description = std::move(description);
+        all.push_back(std::move(like));
+        return &all.back();
+    };
+    auto const posix = combination("host", "sync", "posix");
+    [[maybe_unused]] auto* traditional =
+        documented("traditional", "Traditional PyTorch Checkpoint", "torch.save: one thread, into the page cache, everything stops", posix);
+#if VARVE_TOOL_WITH_TORCH && VARVE_TOOL_WITH_POSIX
+    traditional->start = [](libtorch::training_state& t, method_settings s) { return start_traditional(t, s, s.durable_traditional); };
+#endif
+    [[maybe_unused]] auto* durable =
+        documented("traditional-durable", "Traditional PyTorch Checkpoint (durable)", "the same with fsync and rename", posix);
+#if VARVE_TOOL_WITH_TORCH && VARVE_TOOL_WITH_POSIX
+    durable->start = [](libtorch::training_state& t, method_settings s) { return start_traditional(t, s, true); };
+#endif
+    [[maybe_unused]] auto* original = documented("original", "Original PCCheck", "PCcheck: N checkpoints in flight, N+1 slots, N writing at once",
+                                                 combination("host", "async", "posix"));
+#if VARVE_TOOL_WITH_TORCH && VARVE_TOOL_WITH_POSIX
+    original->start = [](libtorch::training_state& t, method_settings s) { return start_scheduling(t, s, "async", posix_sink(s), "posix", true); };
+#endif
+    documented("layerwise", "Layerwise PCCheck (Improved)", "each layer leaves as the optimizer updates it", combination("host", "layerwise", "io_uring"));
+    for (std::string staging : {"host", "pinned", "gds"})
+        for (std::string scheduling : {"sync", "async", "layerwise"})
+            for (std::string sink : {"null", "memory", "posix", "io_uring", "asio"}) all.push_back(combination(staging, scheduling, sink));
+    return all;
+}
+
+}  // namespace
+
+std::vector<method_entry> const& methods() {
+    static auto const all = make_methods();
+    return all;
+}
+
+method_entry const& runnable_method(std::string_view name) {
+    for (auto const& m : methods()) {
+        if (m.name != name) continue;
+        if (!m.missing.empty()) throw usage_error("method " + m.name + ": " + m.missing);
+        return m;
+    }
+    throw usage_error("unknown method '" + std::string(name) + "'; see varve bench --list");
+}
+
+}  // namespace varve::tool
