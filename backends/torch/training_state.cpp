@@ -1,0 +1,374 @@
+#include "varve/torch/training_state.hpp"
+
+#include <ATen/ATen.h>
+#include <ATen/CPUGeneratorImpl.h>
+#include <torch/nn/module.h>
+
+#include <algorithm>
+#include <array>
+#include <deque>
+#include <mutex>
+#include <optional>
+#include <set>
+#include <string_view>
+#include <unordered_map>
+#include <utility>
+
+#include "layerwise_lists.hpp"
+#include "optimizer_state.hpp"
+
+namespace varve::libtorch {
+
+namespace {
+
+/// By name, since LibTorch 1.13 has not all of them.
+std::optional<varve::dtype> dtype_of(::at::Tensor const& t) noexcept {
+    static constexpr std::array<std::pair<std::string_view, varve::dtype>, 16> names{{{"Bool", dtype::BOOL},
+                                                                                      {"Byte", dtype::U8},
+                                                                                      {"Char", dtype::I8},
+                                                                                      {"Float8_e5m2", dtype::F8_E5M2},
+                                                                                      {"Float8_e4m3fn", dtype::F8_E4M3},
+                                                                                      {"Short", dtype::I16},
+                                                                                      {"UInt16", dtype::U16},
+                                                                                      {"Half", dtype::F16},
+                                                                                      {"BFloat16", dtype::BF16},
+                                                                                      {"Int", dtype::I32},
+                                                                                      {"UInt32", dtype::U32},
+                                                                                      {"Float", dtype::F32},
+                                                                                      {"ComplexFloat", dtype::C64},
+                                                                                      {"Double", dtype::F64},
+                                                                                      {"Long", dtype::I64},
+                                                                                      {"UInt64", dtype::U64}}};
+    std::string_view const wanted = ::c10::toString(t.scalar_type());
+    auto it = std::find_if(names.begin(), names.end(), [&](auto const& n) { return n.first == wanted; });
+    if (it == names.end()) return std::nullopt;
+    return it->second;
+}
+
+varve::tensor described(std::string name, ::at::Tensor const& t) {
+    auto refuse = [&](std::string const& why) { throw error(errc::unsupported, "cannot save tensor " + name + ": " + why); };
+    if (t.layout() != ::at::kStrided) refuse("it is sparse");
+    if (t.is_conj() || t.is_neg()) refuse("it is a lazy conjugate or negative; resolve it first");
+    auto type = dtype_of(t);
+    if (!type) refuse("its dtype is " + std::string(::c10::toString(t.scalar_type())));
+    if (!t.is_cpu() && !t.is_cuda()) refuse("it is neither in host nor in CUDA memory");
+    return {.name = std::move(name),
+            .type = *type,
+            .shape = t.sizes().vec(),
+            .data = t.data_ptr(),
+            .strides = t.is_contiguous() ? std::vector<std::int64_t>() : t.strides().vec(),
+            .memory = t.is_cuda() ? memory_kind::device : memory_kind::host};
+}
+
+/// Whether `t` is still what the state says.
+bool still(::at::Tensor const& t, varve::tensor const& as) {
+    if (!t.defined() || t.layout() != ::at::kStrided || t.data_ptr() != as.data || dtype_of(t) != as.type || t.sizes() != ::at::IntArrayRef(as.shape))
+        return false;
+    return as.strides.empty() ? t.is_contiguous() : t.strides() == ::at::IntArrayRef(as.strides);
+}
+
+varve::tensor scalar(std::string name, varve::dtype type, void* data) { return {std::move(name), type, {}, data, {}}; }
+
+}  // namespace
+
+struct training_state::parts {
+    /// A tensor that is saved from where it is.
+    struct fixed {
+        ::at::Tensor tensor;
+        std::size_t layer, index;
+    };
+    /// One that is saved from a copy.
+    struct mirrored {
+        ::at::Tensor live, copy;
+        std::size_t layer;
+        varve::tensor as;  ///< what the live one was when it was added
+    };
+    struct optimized {
+        ::at::Tensor parameter;  // keeps the key's address taken
+        detail::optimizer_state_key key;
+        std::size_t layer, group;
+        detail::parameter_state state;
+        std::vector<varve::tensor> as;
+        std::int64_t* step = nullptr;
+        std::uint8_t* set = nullptr;
+        bool used = false;  ///< whether the optimizer uses the state's tensors
+    };
+    template <class T>
+    struct bound {
+        T* live;
+        T* copy;
+    };
+    struct option {
+        detail::group_option access;
+        double* copy;
+    };
+    /// Where a parameter or buffer went.
+    struct place {
+        std::string name;
+        std::size_t layer;
+        bool parameter;
+    };
+
+    parts(::torch::optim::Optimizer& o, training_state_options given) : optimizer(o), options(given), access(detail::optimizer_access::of(o)) {}
+
+    ::torch::optim::Optimizer& optimizer;
+    training_state_options const options;
+    std::unique_ptr<detail::optimizer_access> access;
+    detail::python_layout python;
+
+    std::vector<fixed> parameters;
+    std::vector<mirrored> mirrors;
+    std::vector<optimized> of_optimizer;
+    std::vector<option> group_options;
+    std::vector<bound<std::int64_t>> user_integers;
+    std::vector<bound<double>> user_reals;
+    ::at::Tensor rng;
+    std::vector<std::size_t> group_sizes;
+
+    // Mirrors of what is no tensor; a deque's elements stay where they are.
+    std::deque<std::int64_t> integers;
+    std::deque<double> reals;
+    std::deque<std::uint8_t> flags;
+
+    std::unordered_map<void const*, place> places;
+    std::vector<std::pair<std::string, ::at::Tensor>> ownerless;
+
+    void walk(::torch::nn::Module& module, std::string const& path, varve::state& s);
+    void add_optimizer(varve::state& s);
+    void add_run(varve::state& s);
+    void mirror(std::string name, ::at::Tensor const& live, std::size_t layer, varve::state& s);
+    std::unique_ptr<layerwise_updater::lists> lists(std::size_t layers) const;
+
+    std::error_code recheck(varve::state const& s) const;
+    void refresh(std::size_t layer, std::size_t run);
+    void restored();
+};
+
+void training_state::parts::mirror(std::string name, ::at::Tensor const& live, std::size_t layer, varve::state& s) {
+    auto as = described(name, live);
+    auto copy = live.detach().clone(::at::MemoryFormat::Contiguous);
+    s.layers[layer].tensors.push_back(described(std::move(name), copy));
+    mirrors.push_back({live, std::move(copy), layer, std::move(as)});
+}
+
+/// One layer for a module that owns parameters; then its children.
+void training_state::parts::walk(::torch::nn::Module& module, std::string const& path, varve::state& s) {
+    auto full = [&](std::string const& name) { return path.empty() ? name : path + "." + name; };
+    auto known = [&](::at::Tensor const& t, std::string const& name) {
+        auto it = places.find(t.unsafeGetTensorImpl());
+        if (it == places.end()) return false;
+        if (it->second.name != name && s.aliases.emplace(name, it->second.name).second) python.model.emplace_back(name.substr(6), it->second.name);
+        return true;
+    };
+    auto const index = s.layers.size();
+    bool owns = false;
+    for (auto const& item : module.named_parameters(false)) {
+        auto name = "model." + full(item.key());
+        if (known(item.value(), name)) continue;
+        if (!std::exchange(owns, true)) s.layers.push_back({path.empty() ? "model" : "model." + path, {}});
+        s.layers[index].tensors.push_back(described(name, item.value()));
+        parameters.push_back({item.value(), index, s.layers[index].tensors.size() - 1});
+        python.model.emplace_back(full(item.key()), name);
+        places.emplace(item.value().unsafeGetTensorImpl(), place{std::move(name), index, true});
+    }
+    for (auto const& item : module.named_buffers(false)) {
+        auto name = "model." + full(item.key());
+        if (known(item.value(), name)) continue;
+        if (owns)
+            mirror(name, item.value(), index, s);
+        else
+            ownerless.emplace_back(name, item.value());
+        python.model.emplace_back(full(item.key()), name);
+        places.emplace(item.value().unsafeGetTensorImpl(), place{std::move(name), index, false});
+    }
+    for (auto const& child : module.named_children()) walk(*child.value(), full(child.key()), s);
+}
+
+void training_state::parts::add_optimizer(varve::state& s) {
+    auto& groups = optimizer.param_groups();
+    std::unordered_map<void const*, std::size_t> indices;
+    for (std::size_t g = 0; g < groups.size(); ++g) {
+        group_sizes.push_back(groups[g].params().size());
+        python.groups.push_back({access->python_options(), {}});
+        for (auto const& parameter : groups[g].params()) {
+            auto it = places.find(parameter.unsafeGetTensorImpl());
+            if (it == places.end() || !it->second.parameter)
+                throw error(errc::unsupported, "a parameter of the optimizer's group " + std::to_string(g) + " is not a parameter of the module");
+            if (!indices.emplace(parameter.unsafeGetTensorImpl(), python.parameters.size()).second) continue;
+            python.groups[g].parameters.push_back(python.parameters.size());
+            auto const layer = it->second.layer;
+            auto const name = it->second.name.substr(6);
+            python.parameters.push_back(name);
+
+            optimized o{.parameter = parameter, .key = detail::state_key(parameter), .layer = layer, .group = g, .state = access->adopt(parameter, g), .as = {}};
+            auto& tensors = s.layers[layer].tensors;
+            for (auto const& t : o.state.tensors) {
+                o.as.push_back(described("optimizer." + name + "." + t.name, t.tensor));
+                tensors.push_back(o.as.back());
+            }
+            if (o.state.counts_steps) {
+                o.step = &integers.emplace_back(access->step(o.key));
+                tensors.push_back(scalar("optimizer." + name + ".step", dtype::I64, o.step));
+            }
+            o.used = !access->now(o.key, o.state).empty();
+            if (o.state.may_be_unset) {
+                o.set = &flags.emplace_back(o.used ? 1 : 0);
+                tensors.push_back(scalar("optimizer." + name + "." + o.state.tensors[0].name + ".set", dtype::BOOL, o.set));
+            }
+            of_optimizer.push_back(std::move(o));
+        }
+    }
+}
+
+void training_state::parts::add_run(varve::state& s) {
+    s.layers.push_back({"run", {}});
+    auto const run = s.layers.size() - 1;
+    if (options.rng) {
+        auto generator = ::at::detail::getDefaultCPUGenerator();
+        std::lock_guard lock(generator.mutex());
+        rng = generator.get_state();
+        s.layers[run].tensors.push_back(described("rng.cpu", rng));
+    }
+    for (std::size_t g = 0; g < group_sizes.size(); ++g)
+        for (auto& o : access->options(g)) {
+            auto* copy = &reals.emplace_back(o.get());
+            s.layers[run].tensors.push_back(scalar("optimizer.group." + std::to_string(g) + "." + o.name, dtype::F64, copy));
+            group_options.push_back({std::move(o), copy});
+        }
+    for (auto& [name, buffer] : std::exchange(ownerless, {})) mirror(std::move(name), buffer, run, s);
+}
+
+std::unique_ptr<layerwise_updater::lists> training_state::parts::lists(std::size_t layers) const {
+    auto out = std::make_unique<layerwise_updater::lists>();
+    auto& groups = optimizer.param_groups();
+    out->optimizer = &optimizer;
+    out->group_sizes = group_sizes;
+    out->layers.resize(layers);
+    for (auto& l : out->layers) l.of_group.resize(groups.size());
+    for (std::size_t g = 0; g < groups.size(); ++g)
+        for (auto const& parameter : groups[g].params()) {
+            auto& l = out->layers[places.at(parameter.unsafeGetTensorImpl()).layer];
+            l.of_group[g].push_back(parameter);
+            l.empty = false;
+        }
+    return out;
+}
+
+std::error_code training_state::parts::recheck(varve::state const& s) const {
+    auto const& groups = optimizer.param_groups();
+    bool same = groups.size() == group_sizes.size();
+    for (std::size_t g = 0; same && g < groups.size(); ++g) same = groups[g].params().size() == group_sizes[g];
+    for (auto const& p : parameters) same = same && still(p.tensor, s.layers[p.layer].tensors[p.index]);
+    for (auto const& m : mirrors) same = same && still(m.live, m.as);
+    for (auto const& o : of_optimizer) {
+        if (!same || !access->still_keeps(o.group, o.state)) return errc::state_changed;
+        auto now = access->now(o.key, o.state);
+        if (now.empty() && (o.state.may_be_unset ? !o.used : o.state.tensors.empty())) continue;
+        if (now.size() != o.as.size()) return errc::state_changed;
+        if (!o.used) continue;  // the optimizer's own, until refresh
+        for (std::size_t i = 0; i < now.size(); ++i) same = same && still(now[i], o.as[i]);
+    }
+    return same ? std::error_code() : make_error_code(errc::state_changed);
+}
+
+void training_state::parts::refresh(std::size_t layer, std::size_t run) {
+    ::at::NoGradGuard no_grad;
+    for (auto& m : mirrors)
+        if (m.layer == layer) m.copy.copy_(m.live);
+    for (auto& o : of_optimizer) {
+        if (o.layer != layer) continue;
+        if (o.step) *o.step = access->step(o.key);
+        if (!o.set) continue;
+        auto now = access->now(o.key, o.state);
+        if (!now.empty() && !o.used) {
+            o.state.tensors[0].tensor.copy_(now[0]);
+            access->give(o.key, o.state, 0, true);
+            o.used = true;
+        }
+        *o.set = now.empty() ? 0 : 1;
+    }
+    if (layer != run) return;
+    for (auto const& o : group_options) *o.copy = o.access.get();
+    for (auto const& u : user_integers) *u.copy = *u.live;
+    for (auto const& u : user_reals) *u.copy = *u.live;
+    if (rng.defined()) {
+        auto generator = ::at::detail::getDefaultCPUGenerator();
+        std::lock_guard lock(generator.mutex());
+        rng.copy_(generator.get_state());
+    }
+}
+
+void training_state::parts::restored() {
+    ::at::NoGradGuard no_grad;
+    if (rng.defined()) {
+        try {
+            auto generator = ::at::detail::getDefaultCPUGenerator();
+            std::lock_guard lock(generator.mutex());
+            generator.set_state(rng);
+        } catch (::c10::Error const&) {
+            throw error(errc::malformed, "the checkpoint's rng.cpu is no state of LibTorch's generator");
+        }
+    }
+    for (auto const& m : mirrors) {
+        auto live = m.live.detach();
+        live.copy_(m.copy);
+    }
+    for (auto& o : of_optimizer) {
+        if (o.state.tensors.empty()) continue;
+        bool const set = !o.set || *o.set != 0;
+        access->give(o.key, o.state, o.step ? *o.step : 0, set);
+        o.used = set;
+    }
+    for (auto const& o : group_options) o.access.set(*o.copy);
+    for (auto const& u : user_integers) *u.live = *u.copy;
+    for (auto const& u : user_reals) *u.live = *u.copy;
+}
+
+training_state::training_state(::torch::nn::Module& module, ::torch::optim::Optimizer& optimizer, training_state_options options)
+    : parts_(std::make_unique<parts>(optimizer, options)) {
+    ::at::NoGradGuard no_grad;
+    parts_->walk(module, "", state_);
+    parts_->add_optimizer(state_);
+    parts_->add_run(state_);
+    auto const run = state_.layers.size() - 1;
+    updater_ = std::make_unique<layerwise_updater>(parts_->lists(state_.layers.size()));
+    state_.recheck = [this] { return parts_->recheck(state_); };
+    state_.refresh = [this, run](std::size_t layer) { parts_->refresh(layer, run); };
+    state_.restored = [this] { parts_->restored(); };
+}
+
+training_state::~training_state() = default;
+
+namespace {
+
+std::string user_name(varve::state const& s, std::string const& name) {
+    auto full = "user." + name;
+    for (auto const& t : s.layers.back().tensors)
+        if (t.name == full) throw error(std::make_error_code(std::errc::invalid_argument), full + " was added already");
+    return full;
+}
+
+}  // namespace
+
+void training_state::add_user(std::string const& name, std::int64_t& value) {
+    auto full = user_name(state_, name);
+    auto* copy = &parts_->integers.emplace_back(value);
+    state_.layers.back().tensors.push_back(scalar(std::move(full), dtype::I64, copy));
+    parts_->user_integers.push_back({&value, copy});
+}
+
+void training_state::add_user(std::string const& name, double& value) {
+    auto full = user_name(state_, name);
+    auto* copy = &parts_->reals.emplace_back(value);
+    state_.layers.back().tensors.push_back(scalar(std::move(full), dtype::F64, copy));
+    parts_->user_reals.push_back({&value, copy});
+}
+
+void training_state::add_user(std::string const& name, ::at::Tensor const& value) {
+    parts_->mirror(user_name(state_, name), value, state_.layers.size() - 1, state_);
+}
+
+detail::python_layout const& training_state::python() const noexcept { return parts_->python; }
+::torch::optim::Optimizer& training_state::optimizer() const noexcept { return parts_->optimizer; }
+
+}  // namespace varve::libtorch
