@@ -9,21 +9,30 @@
 
 namespace varve::detail {
 
+/// The innermost dimensions that lie in memory without a gap form one run.
+struct tensor_run {
+    std::size_t outer = 0;  ///< dimensions outside of the run; 0 if the tensor is contiguous
+    std::uint64_t elements = 1;
+};
+
+inline tensor_run dense_run(tensor const& t) noexcept {
+    if (t.strides.empty()) return {0, t.element_count()};
+    tensor_run run{t.shape.size(), 1};
+    for (; run.outer > 0; --run.outer) {
+        auto extent = t.shape[run.outer - 1];
+        if (extent != 1 && t.strides[run.outer - 1] != static_cast<std::int64_t>(run.elements)) break;
+        run.elements *= static_cast<std::uint64_t>(extent);
+    }
+    return run;
+}
+
 /// Calls visit(address, offset_in_range, size) for each run of bytes that lie side by side in memory, in row-major
 /// order, of bytes [offset, offset + size) of the tensor's row-major form.
 template <class Visit>
 void for_each_run(tensor const& t, std::uint64_t offset_bytes, std::size_t size_bytes, Visit visit) {
     if (size_bytes == 0) return;
     auto* base = static_cast<std::byte*>(t.data);
-    // The innermost dimensions that are dense form one run.
-    std::size_t outer = t.strides.empty() ? 0 : t.shape.size();
-    std::uint64_t run_elements = t.strides.empty() ? t.element_count() : 1;
-    while (outer > 0) {
-        auto d = outer - 1;
-        if (t.shape[d] != 1 && t.strides[d] != static_cast<std::int64_t>(run_elements)) break;
-        run_elements *= static_cast<std::uint64_t>(t.shape[d]);
-        --outer;
-    }
+    auto const [outer, run_elements] = dense_run(t);
     if (outer == 0) {
         visit(base + offset_bytes, std::size_t{0}, size_bytes);
         return;
@@ -44,6 +53,11 @@ void for_each_run(tensor const& t, std::uint64_t offset_bytes, std::size_t size_
         visit(base + elements_from_base * static_cast<std::int64_t>(element) + within, done, n);
         done += n;
     }
+}
+
+/// Whether the tensor's row-major form is what lies in memory.
+inline bool is_contiguous(tensor const& t) {
+    return dense_run(t).outer == 0;
 }
 
 /// Copies bytes [offset, offset + size) of the tensor's row-major form to `to`. The tensor lies in host memory.

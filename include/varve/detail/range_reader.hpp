@@ -50,18 +50,8 @@ public:
     /// What the memory given to read needs beyond the bytes asked for.
     static constexpr std::size_t slack_bytes = 2 * alignment;
 
-    /// Reads [offset, offset + size) into `scratch`, and returns where in it they begin.
-    std::byte* read(aligned_buffer const& scratch, std::uint64_t offset, std::size_t size) const {
-        auto* to = scratch.data() + offset % alignment;
-        auto cached = direct_ ? read_cached(to, offset, size) : 0;
-        if (cached == size) return to;
-        if (direct_ && read_direct(scratch, offset, size, cached)) return to;
-        read_exactly(fd_, to + cached, size - cached, offset + cached);
-        return to;
-    }
-
-private:
-    /// How many bytes at the front came without waiting for the disk.
+    /// How many bytes at the front of [offset, offset + size) came without waiting for the disk; 0 where nothing is known
+    /// about the page cache.
     std::size_t read_cached(std::byte* to, std::uint64_t offset, std::size_t size) const noexcept {
         std::size_t done = 0;
         while (done < size) {
@@ -74,6 +64,16 @@ private:
         return done;
     }
 
+    /// Where in `scratch` the byte at `offset` stands when it is read there.
+    static std::byte* place(aligned_buffer const& scratch, std::uint64_t offset) noexcept { return scratch.data() + offset % alignment; }
+
+    /// Reads [offset + done, offset + size) to its place in `scratch`, whose first `done` bytes are there already.
+    void read(aligned_buffer const& scratch, std::uint64_t offset, std::size_t size, std::size_t done) const {
+        if (direct_ && read_direct(scratch, offset, size, done)) return;
+        read_exactly(fd_, place(scratch, offset) + done, size - done, offset + done);
+    }
+
+private:
     /// Reads what lies behind the first `done` bytes; false where the file system refuses.
     bool read_direct(aligned_buffer const& scratch, std::uint64_t offset, std::size_t size, std::size_t done) const {
         auto const base = offset - offset % alignment;

@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "varve/concepts/format.hpp"
-#include "varve/detail/gather.hpp"
 #include "varve/detail/granules.hpp"
+#include "varve/detail/restore_consumer.hpp"
 #include "varve/detail/safetensors_match.hpp"
 #include "varve/detail/safetensors_outline.hpp"
 #include "varve/detail/safetensors_write.hpp"
@@ -79,23 +79,7 @@ public:
         for (auto const& t : tensors)
             if (t.target->memory == memory_kind::device) throw error(errc::unsupported, "cannot restore " + t.target->name + " into GPU memory");
         if (options.verify_first) detail::verify_whole(fd, outline, options.workers);
-        // Tied names may share a range, so those that begin before it need not be a suffix: the ends only rise.
-        auto first_behind = [&](std::uint64_t at) {
-            return std::partition_point(tensors.begin(), tensors.end(), [at](auto const& t) { return t.end() <= at; });
-        };
-        auto wanted = [&](std::uint64_t begin, std::uint64_t end) {
-            auto it = first_behind(begin);
-            return it != tensors.end() && it->begin < end;
-        };
-        auto hand_on = [&](std::uint64_t at, std::span<std::byte const> bytes) {
-            auto const end = at + bytes.size();
-            for (auto it = first_behind(at); it != tensors.end() && it->begin < end; ++it) {
-                auto from = std::max(at, it->begin);
-                auto to = std::min(end, it->end());
-                if (from < to) detail::scatter(*it->target, from - it->begin, to - from, bytes.data() + (from - at));
-            }
-        };
-        detail::sweep_granules(fd, outline, options.workers, options.check_digests, wanted, hand_on);
+        detail::sweep_granules(fd, outline, options.workers, options.check_digests, detail::restore_consumer(tensors));
     }
 
 private:
