@@ -216,7 +216,7 @@ nlohmann::json measure_limits(std::filesystem::path const& dir, std::uint64_t si
         scratch_file file(dir);
         // The sinks take turns, since the disk may be shared; the first round writes the file and does not count.
 #if VARVE_TOOL_WITH_POSIX
-        measured_sink posix(posix::sink());
+        measured_sink<posix::sink> posix{posix::sink()};
         posix.round(file, size_bytes, false);
 #endif
 #if VARVE_TOOL_WITH_URING
