@@ -1,0 +1,8 @@
+#include <varve/posix/sink.hpp>
+
+#include <cstdio>
+
+int main() {
+    varve::posix::sink sink;
+    std::puts("posix");
+}
