@@ -2,6 +2,7 @@
 
 #include <cerrno>
 #include <cstddef>
+#include <csignal>
 #include <cstdint>
 #include <fcntl.h>
 #include <string>
@@ -32,7 +33,11 @@ public:
     virtual int mkdir(char const* path, mode_t mode) { return ::mkdir(path, mode); }
     virtual int flock(int fd, int operation) { return ::flock(fd, operation); }
     virtual int fstat(int fd, struct stat* out) { return ::fstat(fd, out); }
-    virtual int setlease(int fd, int lease) { return ::fcntl(fd, F_SETLEASE, lease); }
+    /// Who opens the file meanwhile makes the kernel signal the holder; SIGIO would end the process, SIGURG is ignored.
+    virtual int setlease(int fd, int lease) {
+        if (lease == F_WRLCK && ::fcntl(fd, F_SETSIG, SIGURG) != 0) return -1;
+        return ::fcntl(fd, F_SETLEASE, lease);
+    }
 
     /// Asked before a ring is given a write, since that write is no system call of its own. Returns how many of the
     /// bytes to submit (fewer tears the write), or -1 with errno set to fail it without submitting.
