@@ -1,0 +1,172 @@
+#include "trainer.hpp"
+
+#include <torch/torch.h>
+
+#include <ATen/CPUGeneratorImpl.h>
+
+#include <numeric>
+#include <random>
+
+#include "varve/torch/layerwise.hpp"
+#include "varve/torch/training_state.hpp"
+
+#include "errors.hpp"
+
+namespace varve::tool {
+
+namespace {
+
+constexpr std::int64_t max_positions = 512;
+
+struct transformer : ::torch::nn::Module {
+    explicit transformer(settings const& s) {
+        auto const d = static_cast<std::int64_t>(s.model.d_model);
+        auto const vocabulary = static_cast<std::int64_t>(s.model.vocab_size);
+        token_embedding = register_module("token_embedding", ::torch::nn::Embedding(vocabulary, d));
+        position_embedding = register_module("position_embedding", ::torch::nn::Embedding(max_positions, d));
+        ::torch::nn::TransformerEncoderLayer layer(::torch::nn::TransformerEncoderLayerOptions(d, static_cast<std::int64_t>(s.model.nhead))
+                                                     .dim_feedforward(static_cast<std::int64_t>(s.model.dim_feedforward))
+                                                     .dropout(s.run.dropout));
+        encoder = register_module("encoder", ::torch::nn::TransformerEncoder(layer, static_cast<std::int64_t>(s.model.num_layers)));
+        head = register_module("head", ::torch::nn::Linear(d, vocabulary));
+    }
+
+    /// Tokens [batch, sequence] to logits [sequence, batch, vocabulary].
+    ::torch::Tensor forward(::torch::Tensor const& tokens) {
+        auto const positions = ::torch::arange(tokens.size(1), tokens.options());
+        auto x = token_embedding(tokens) + position_embedding(positions);
+        return head(encoder(x.transpose(0, 1)));
+    }
+
+    ::torch::nn::Embedding token_embedding{nullptr}, position_embedding{nullptr};
+    ::torch::nn::TransformerEncoder encoder{nullptr};
+    ::torch::nn::Linear head{nullptr};
+};
+
+/// The order in which an epoch takes the samples: a Fisher-Yates shuffle of its own, since std::shuffle may differ between
+/// standard libraries and LibTorch's generator belongs to dropout.
+std::vector<std::int64_t> permutation(std::uint64_t count, std::uint64_t seed, std::uint64_t epoch) {
+    std::seed_seq mix{std::uint32_t(seed), std::uint32_t(seed >> 32), std::uint32_t(epoch), std::uint32_t(epoch >> 32)};
+    std::mt19937_64 generator(mix);
+    std::vector<std::int64_t> order(count);
+    std::iota(order.begin(), order.end(), 0);
+    for (auto i = count; i > 1; --i) std::swap(order[i - 1], order[generator() % i]);
+    return order;
+}
+
+class torch_trainer final : public trainer {
+public:
+    explicit torch_trainer(settings const& s) : settings_(s) {
+        ::torch::manual_seed(s.run.seed);
+        auto const samples = static_cast<std::int64_t>(s.training.num_samples), length = static_cast<std::int64_t>(s.training.seq_len);
+        // One token more than a sample is long: the target is the sample moved by one.
+        auto generator = ::at::detail::createCPUGenerator(s.run.seed);
+        data_ = ::torch::randint(0, static_cast<std::int64_t>(s.model.vocab_size), {samples, length + 1}, generator, ::torch::kLong);
+        model_ = std::make_shared<transformer>(s);
+        model_->train();
+        optimizer_ = std::make_unique<::torch::optim::Adam>(model_->parameters(), ::torch::optim::AdamOptions(s.run.lr));
+        state_ = std::make_unique<libtorch::training_state>(*model_, *optimizer_);
+        // What no tensor's shape shows but defines the run: a restart compares it, and a reader of the file finds it.
+        seed_ = static_cast<std::int64_t>(s.run.seed);
+        num_samples_ = samples;
+        batch_size_ = static_cast<std::int64_t>(s.training.batch_size);
+        seq_len_ = length;
+        nhead_ = static_cast<std::int64_t>(s.model.nhead);
+        dropout_ = s.run.dropout;
+        lr_ = s.run.lr;
+        state_->add_user("epoch", epoch_);
+        state_->add_user("position", position_);
+        state_->add_user("seed", seed_);
+        state_->add_user("num_samples", num_samples_);
+        state_->add_user("batch_size", batch_size_);
+        state_->add_user("seq_len", seq_len_);
+        state_->add_user("nhead", nhead_);
+        state_->add_user("dropout", dropout_);
+        state_->add_user("lr", lr_);
+    }
+
+    float forward_backward(std::uint64_t step) override {
+        auto const batch = data_.index_select(0, samples_of(step));
+        auto const length = static_cast<std::int64_t>(settings_.training.seq_len);
+        auto const logits = model_->forward(batch.narrow(1, 0, length));
+        auto const target = batch.narrow(1, 1, length).transpose(0, 1).reshape(-1);
+        auto const loss = ::torch::nn::functional::cross_entropy(logits.reshape({-1, logits.size(-1)}), target);
+        optimizer_->zero_grad();
+        loss.backward();
+        auto const value = loss.item<float>();
+        // The position after this step, which is what a checkpoint of it stands for.
+        auto const done = step * settings_.training.batch_size;
+        epoch_ = static_cast<std::int64_t>(done / settings_.training.num_samples);
+        position_ = static_cast<std::int64_t>(done % settings_.training.num_samples);
+        return value;
+    }
+
+    void update() override { optimizer_->step(); }
+    void update_by_layer(running_method& method) override { libtorch::layerwise_step(*optimizer_, *state_, method); }
+    void synchronize() override {}
+
+    libtorch::training_state& training() override { return *state_; }
+    varve::state& tensors() override { return state_->state(); }
+
+    void expect_same_run(std::uint64_t step) const override {
+        auto differs = [](std::string const& option, auto there, auto here) {
+            if (there == here) return;
+            auto shown = [](auto v) { return nlohmann::json(v).dump(); };
+            throw error(errc::mismatch, "the checkpoint was trained with --" + option + " " + shown(there) + ", not " + shown(here) +
+                                          ": give the same, or start over with --fresh --overwrite");
+        };
+        differs("seed", seed_, static_cast<std::int64_t>(settings_.run.seed));
+        differs("num-samples", num_samples_, static_cast<std::int64_t>(settings_.training.num_samples));
+        differs("batch-size", batch_size_, static_cast<std::int64_t>(settings_.training.batch_size));
+        differs("seq-len", seq_len_, static_cast<std::int64_t>(settings_.training.seq_len));
+        differs("nhead", nhead_, static_cast<std::int64_t>(settings_.model.nhead));
+        differs("dropout", dropout_, settings_.run.dropout);
+        differs("lr", lr_, settings_.run.lr);
+        auto const done = step * settings_.training.batch_size, samples = settings_.training.num_samples;
+        if (epoch_ != static_cast<std::int64_t>(done / samples) || position_ != static_cast<std::int64_t>(done % samples))
+            throw error(errc::mismatch, "the checkpoint of step " + std::to_string(step) + " says epoch " + std::to_string(epoch_) + ", sample " +
+                                          std::to_string(position_) + ", which is not where that step ends: it is not one of varve train's");
+    }
+
+private:
+    /// Batches follow each other through the epochs without a gap; the last of an epoch is filled up from the next.
+    ::torch::Tensor samples_of(std::uint64_t step) {
+        auto const count = settings_.training.num_samples, size = settings_.training.batch_size;
+        auto indices = ::torch::empty({static_cast<std::int64_t>(size)}, ::torch::kLong);
+        auto* out = indices.data_ptr<std::int64_t>();
+        for (std::uint64_t i = 0, at = (step - 1) * size; i < size; ++i, ++at) {
+            if (order_.empty() || at / count != order_epoch_) {
+                order_epoch_ = at / count;
+                order_ = permutation(count, settings_.run.seed, order_epoch_);
+            }
+            out[i] = order_[at % count];
+        }
+        return indices;
+    }
+
+    settings settings_;
+    ::torch::Tensor data_;
+    std::shared_ptr<transformer> model_;
+    std::unique_ptr<::torch::optim::Adam> optimizer_;
+    std::unique_ptr<libtorch::training_state> state_;
+    std::vector<std::int64_t> order_;
+    std::uint64_t order_epoch_ = 0;
+
+    std::int64_t epoch_ = 0, position_ = 0;
+    std::int64_t seed_ = 0, num_samples_ = 0, batch_size_ = 0, seq_len_ = 0, nhead_ = 0;
+    double dropout_ = 0, lr_ = 0;
+};
+
+}  // namespace
+
+std::unique_ptr<trainer> make_trainer(settings const& s) {
+    try {
+        return std::make_unique<torch_trainer>(s);
+    } catch (c10::Error const& e) {
+        throw error(std::make_error_code(std::errc::not_enough_memory), std::string("LibTorch cannot build the model: ") + e.what_without_backtrace());
+    }
+}
+
+trainer_facts facts_of_trainer() { return {TORCH_VERSION, ::at::get_num_threads()}; }
+
+}  // namespace varve::tool

@@ -1,0 +1,14 @@
+// What stands in for the trainer in a build without LibTorch.
+
+#include "errors.hpp"
+#include "trainer.hpp"
+
+namespace varve::tool {
+
+std::unique_ptr<trainer> make_trainer(settings const&) {
+    throw usage_error("this varve was built without LibTorch; tools/quickstart installs it and builds again");
+}
+
+trainer_facts facts_of_trainer() { return {}; }
+
+}  // namespace varve::tool
