@@ -1,0 +1,33 @@
+#pragma once
+
+#include "varve/concepts/format.hpp"
+#include "varve/torch/archive_reader.hpp"
+#include "varve/torch/training_state.hpp"
+
+namespace varve::libtorch {
+
+/// Checkpoints as the archives that Python's torch.save writes: `{"model": state_dict, "optimizer": {"state", "param_groups"},
+/// "rng": {"cpu"}, "step", "user"}`. torch.load(weights_only=True) opens them, and the model and optimizer of a Python trainer
+/// take `model` and `optimizer` by load_state_dict. Source: FORMAT, "Torch archive".
+///
+/// Beside those stand the records `varve/step`, `varve/sequence`, `varve/metadata`, `varve/tensors` (where each of the state's
+/// tensors is) and `varve/digest`. The training state outlives it.
+///
+///     varve::libtorch::archive format(training);
+///     format.stream(training.state(), {step, sequence, metadata}, out);
+class archive final : public archive_reader {
+public:
+    explicit archive(training_state const& training) noexcept : training_(&training) {}
+
+    /// Writes the whole file, in order. `s` is the training state's, in host memory. Throws errc::unsupported for tensors in GPU
+    /// memory, and std::errc::invalid_argument for metadata keys that begin with `varve.` and for what is not UTF-8.
+    void stream(state const& s, commit_values const& values, byte_stream& out) const;
+
+private:
+    training_state const* training_;
+};
+
+static_assert(streaming_format<archive>);
+static_assert(format<archive>);
+
+}  // namespace varve::libtorch
