@@ -16,7 +16,7 @@ CONSUMER = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'consumer')
 def run(command, **more):
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, stdin=subprocess.DEVNULL, **more)
     if done.returncode != 0:
-        raise RuntimeError(f'{" ".join(command)} exited {done.returncode}:\n{done.stdout}')
+        raise RuntimeError(f'{" ".join(command)} exited {done.returncode}:\n{done.stdout[:4000]}')
     return done.stdout
 
 
