@@ -14,6 +14,10 @@
 
 #include "varve/image.hpp"
 
+/// The same function with the processor's widest vectors, which some builds of the library have beside it, two to three
+/// times faster; its address is null where they do not. Source: xxHash, xxh_x86dispatch.h.
+extern "C" [[gnu::weak]] XXH64_hash_t XXH3_64bits_dispatch(void const* data, std::size_t size);
+
 namespace varve::detail {
 
 /// The digest in the file is one of this many bytes of data, made of its chunks' digests. Source: FORMAT, "Digests".
@@ -22,7 +26,9 @@ inline constexpr std::size_t chunks_per_granule = granule_bytes / digest_chunk_b
 inline constexpr std::size_t digest_digits = 16;
 
 /// XXH3-64 with seed 0.
-inline std::uint64_t digest(std::span<std::byte const> bytes) noexcept { return XXH3_64bits(bytes.data(), bytes.size()); }
+inline std::uint64_t digest(std::span<std::byte const> bytes) noexcept {
+    return (XXH3_64bits_dispatch ? XXH3_64bits_dispatch : XXH3_64bits)(bytes.data(), bytes.size());
+}
 
 constexpr std::uint64_t chunk_count(std::uint64_t data_bytes) noexcept { return (data_bytes + digest_chunk_bytes - 1) / digest_chunk_bytes; }
 constexpr std::uint64_t granule_count(std::uint64_t data_bytes) noexcept { return (data_bytes + granule_bytes - 1) / granule_bytes; }
