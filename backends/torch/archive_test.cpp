@@ -89,12 +89,9 @@ std::error_code code_of(Call call) {
 }
 
 std::optional<std::string> python() {
-    for (char const* name : {"VARVE_PYTHON", "VARVE_TEST_PYTHON"}) {
-        char const* path = std::getenv(name);
-        if (!path || !*path) continue;
-        if (std::system(("'" + std::string(path) + "' -c 'import torch' 2>/dev/null").c_str()) == 0) return path;
-    }
-    varve_test::skip("VARVE_PYTHON names no Python with torch");
+    char const* path = std::getenv("VARVE_TEST_PYTHON");
+    if (path && *path && std::system(("'" + std::string(path) + "' -c 'import torch' 2>/dev/null").c_str()) == 0) return path;
+    varve_test::skip("VARVE_TEST_PYTHON names no Python with torch");
     return std::nullopt;
 }
 

@@ -200,7 +200,12 @@ void training_state::parts::add_optimizer(varve::state& s) {
             auto const name = it->second.name.substr(6);
             python.parameters.push_back(name);
 
-            optimized o{.parameter = parameter, .key = detail::state_key(parameter), .layer = layer, .group = g, .state = access->adopt(parameter, g), .as = {}};
+            optimized o{.parameter = parameter,
+                        .key = detail::state_key(parameter),
+                        .layer = layer,
+                        .group = g,
+                        .state = access->adopt(parameter, g),
+                        .as = {}};
             auto& tensors = s.layers[layer].tensors;
             for (auto const& t : o.state.tensors) {
                 o.as.push_back(described("optimizer." + name + "." + t.name, t.tensor));

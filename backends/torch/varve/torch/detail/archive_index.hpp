@@ -44,7 +44,7 @@ inline std::string text_record(int fd, zip_directory const& directory, std::stri
     if (r->size_bytes > max_text_record_bytes) refuse_file("its record " + std::string(name) + " is larger than 16 MiB");
     auto text = read_text(fd, data_offset(*r), r->size_bytes);
     if (crc32(0, std::as_bytes(std::span(text.data(), text.size()))) != r->crc)
-        throw error(errc::not_whole, "not a whole checkpoint: its record " + std::string(name.substr(archive_folder.size())) + " does not have its checksum");
+        throw error(errc::not_whole, "not a whole checkpoint: broken record " + std::string(name.substr(archive_folder.size())));
     return text;
 }
 
@@ -118,11 +118,13 @@ inline archive_match match_archive(int fd, zip_directory const& directory, state
     for (auto const& e : parse_index(text_record(fd, directory, index_record))) {
         if (!counts(e.name)) continue;
         auto found = wanted.find(e.name);
-        if (found == wanted.end()) refuse_match("it has the tensor " + printable(e.name) + " once more than the state");
+        if (found == wanted.end())
+            refuse_match("it has the tensor " + printable(e.name) + ", and the state has none of that name, or it has it twice");
         auto const& t = *found->second;
         wanted.erase(found);
         if (t.type != e.type || t.shape != e.shape)
-            refuse_match("its tensor " + printable(e.name) + " is " + describe(e.type, e.shape) + ", and the state's is " + describe(t.type, t.shape));
+            refuse_match("its tensor " + printable(e.name) + " is " + describe(e.type, e.shape) + ", and the state's is " +
+                         describe(t.type, t.shape));
         if (e.where.empty()) {
             out.zeros.push_back(&t);
         } else if (e.where.front() == '=') {
