@@ -170,6 +170,9 @@ public:
     {
         if (current_) throw error(errc::out_of_order, "restore: the save of step " + std::to_string(current_->step()) + " is not sealed");
         drain();
+        // What is not restored is handed back as it is now, not as it was at the last save.
+        if (options.model_only && state_.refresh)
+            for (std::size_t l = 0; l < state_.layers.size(); ++l) state_.refresh(l);
         auto restored = store_->restore(state_, step, options);
         if (restored) observers_.on({.what = milestone::restored, .step = restored->step, .bytes = image_bytes()});
         return restored;
