@@ -8,6 +8,7 @@
 #include "varve/detail/text.hpp"
 #include "varve/torch/detail/pickle.hpp"
 #include "varve/torch/detail/zip_writer.hpp"
+#include "varve/torch/write_archive.hpp"
 
 namespace varve::libtorch {
 
@@ -222,6 +223,8 @@ private:
 
 }  // namespace
 
-void archive::stream(state const& s, commit_values const& values, byte_stream& out) const { writer(s, training_->python(), values).write(out); }
+void write_archive(state const& s, detail::python_layout const& layout, commit_values const& values, byte_stream& out) { writer(s, layout, values).write(out); }
+
+void archive::stream(state const& s, commit_values const& values, byte_stream& out) const { write_archive(s, training_->python(), values, out); }
 
 }  // namespace varve::libtorch

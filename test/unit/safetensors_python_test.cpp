@@ -1,10 +1,8 @@
 #include "files.hpp"
+#include "python.hpp"
 #include "support.hpp"
 
 #include <boost/test/unit_test.hpp>
-
-#include <cstdlib>
-#include <sys/wait.h>
 
 #include "varve/detail/safetensors_read.hpp"
 #include "varve/format/safetensors.hpp"
@@ -14,33 +12,13 @@ namespace {
 using namespace varve_test;
 using varve::dtype;
 
-/// A Python that has torch and safetensors (VARVE_PYTHON), or nothing.
-std::optional<std::string> python() {
-    char const* path = std::getenv("VARVE_PYTHON");
-    if (!path || !*path) {
-        varve_test::skip("VARVE_PYTHON names no Python");
-        return std::nullopt;
-    }
-    auto command = "'" + std::string(path) + "' -c 'import torch, safetensors.torch' 2>/dev/null";
-    if (std::system(command.c_str()) != 0) {
-        varve_test::skip("the Python of VARVE_PYTHON has no torch or no safetensors");
-        return std::nullopt;
-    }
-    return path;
-}
-
-bool run(std::string const& interpreter, std::filesystem::path const& folder, std::string_view program) {
-    write_file(folder / "program.py", program);
-    auto command = "cd '" + folder.string() + "' && '" + interpreter + "' program.py";
-    return std::system(command.c_str()) == 0;
-}
 
 }  // namespace
 
 BOOST_AUTO_TEST_SUITE(safetensors_python)
 
 BOOST_AUTO_TEST_CASE(python_opens_every_checkpoint_as_it_is) {
-    auto interpreter = python();
+    auto interpreter = find_python();
     if (!interpreter) return;
     temporary_folder folder;
     owned_state s;
@@ -58,7 +36,7 @@ BOOST_AUTO_TEST_CASE(python_opens_every_checkpoint_as_it_is) {
     for (auto const& l : s.state.layers)
         for (auto const& t : l.tensors)
             write_file(folder.path() / (t.name + ".raw"), {static_cast<char const*>(t.data), static_cast<std::size_t>(t.size_bytes())});
-    BOOST_TEST(run(*interpreter, folder.path(), R"(
+    BOOST_TEST(run_python(*interpreter, folder.path(), R"(
 import glob, torch
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -76,10 +54,10 @@ assert m["varve.step"] == "120" and m["varve.sequence"] == "7" and m["epoch"] ==
 }
 
 BOOST_AUTO_TEST_CASE(what_python_wrote_is_restored) {
-    auto interpreter = python();
+    auto interpreter = find_python();
     if (!interpreter) return;
     temporary_folder folder;
-    BOOST_REQUIRE(run(*interpreter, folder.path(), R"(
+    BOOST_REQUIRE(run_python(*interpreter, folder.path(), R"(
 import torch
 from safetensors.torch import save_file
 save_file({"model.a": torch.arange(10, dtype=torch.float32).reshape(2, 5), "model.b": torch.arange(3, dtype=torch.int16),

@@ -19,6 +19,7 @@ struct safetensors_entry {
     std::vector<std::int64_t> shape;
     std::uint64_t begin = 0;
     std::uint64_t end = 0;
+    std::size_t header_index = 0;  ///< its place among the header's entries: varve's stand in the order of the state
 };
 
 /// A safetensors file's header, of whoever wrote it. Tensors stand in the order of their bytes.
@@ -39,7 +40,7 @@ inline safetensors_file read_safetensors(int fd) {
         safetensors_file& file;
         void tensor(header_entry const& e) {
             if (e.end > file.outline.extent.data_bytes()) refuse_file("it changed while it was read");
-            file.tensors.push_back({std::string(e.name), e.type, {e.shape.begin(), e.shape.end()}, e.begin, e.end});
+            file.tensors.push_back({std::string(e.name), e.type, {e.shape.begin(), e.shape.end()}, e.begin, e.end, file.tensors.size()});
         }
         void metadata(std::string const& key, std::string const& value, std::uint64_t) { file.metadata.emplace(key, value); }
     } visitor{out};

@@ -8,6 +8,7 @@
 #include <string>
 #include <string_view>
 #include <unordered_set>
+#include <utility>
 #include <vector>
 
 #include "varve/concepts/format.hpp"
@@ -110,7 +111,8 @@ struct header_text {
     std::size_t own_digest = 0;
 };
 
-/// `data_offset` is where the image's tensors count from: image::header_bytes, or 0 for offsets that already count from the data.
+/// The tensors' entries stand in the order of the state, which the order of their bytes does not keep: whoever rebuilds
+/// an optimizer's list of parameters from a file needs it. `data_offset` is where the offsets of `tensors` count from.
 inline header_text compose_header(state const& s, std::span<placed_tensor const> tensors, std::uint64_t data_offset, commit_values const& values,
                                   std::string_view digests) {
     header_text out;
@@ -132,7 +134,9 @@ inline header_text compose_header(state const& s, std::span<placed_tensor const>
     }
     json += user_metadata_text(values.metadata);
     json += '}';
-    for (auto const& p : tensors) {
+    std::vector<placed_tensor> in_order(tensors.begin(), tensors.end());
+    std::sort(in_order.begin(), in_order.end(), [](auto const& a, auto const& b) { return std::pair(a.layer, a.tensor) < std::pair(b.layer, b.tensor); });
+    for (auto const& p : in_order) {
         auto const& t = s.layers[p.layer].tensors[p.tensor];
         auto begin = p.offset_bytes - data_offset;
         json += ',';

@@ -1,0 +1,163 @@
+#include "pt_file.hpp"
+
+#include <algorithm>
+#include <cstring>
+#include <span>
+#include <string_view>
+#include <sys/stat.h>
+
+#include "varve/detail/safetensors_match.hpp"
+#include "varve/detail/safetensors_rules.hpp"
+#include "varve/error.hpp"
+#include "varve/torch/archive_reader.hpp"
+#include "varve/torch/detail/python_layout.hpp"
+#include "varve/torch/write_archive.hpp"
+
+namespace varve::tool {
+
+namespace {
+
+namespace archives = libtorch::detail;
+
+/// What the archive's own list of tensors says; archives of others have none.
+class archive_checkpoint final : public checkpoint_file {
+public:
+    explicit archive_checkpoint(file_descriptor fd) : fd_(std::move(fd)) {
+        archives::zip_directory const directory(fd_.get());
+        struct stat info {};
+        ::fstat(fd_.get(), &info);
+        file_bytes_ = static_cast<std::uint64_t>(info.st_size);
+        for (auto const& t : archives::parse_index(archives::text_record(fd_.get(), directory, archives::index_record))) add(t, directory);
+        auto identity = libtorch::archive_reader{}.identify(fd_.get());
+        metadata_ = std::move(identity.metadata);
+        metadata_.emplace(detail::step_key, std::to_string(identity.step));
+        metadata_.emplace(detail::sequence_key, std::to_string(identity.sequence));
+    }
+
+    int fd() const noexcept override { return fd_.get(); }
+    std::string_view format_name() const noexcept override { return "torch archive"; }
+    std::uint64_t file_bytes() const noexcept override { return file_bytes_; }
+    std::vector<file_tensor> const& tensors() const noexcept override { return tensors_; }
+    metadata_map const& metadata() const noexcept override { return metadata_; }
+
+    void read(file_tensor const& t, std::uint64_t offset_bytes, std::span<std::byte> to) const override {
+        if (t.offset_bytes != 0) return detail::read_exactly(fd_.get(), to.data(), to.size(), t.offset_bytes + offset_bytes);
+        auto const& value = values_.at(t.header_index);
+        if (value.empty())
+            std::fill(to.begin(), to.end(), std::byte{0});
+        else
+            std::copy_n(value.begin() + static_cast<std::ptrdiff_t>(offset_bytes), to.size(), to.begin());
+    }
+
+private:
+    void add(archives::indexed_tensor const& t, archives::zip_directory const& directory) {
+        file_tensor out{t.name, t.type, t.shape, element_bytes(t.type), 0, tensors_.size()};
+        for (auto d : t.shape)
+            if (__builtin_mul_overflow(out.size_bytes, static_cast<std::uint64_t>(d), &out.size_bytes))
+                detail::refuse_file("the tensor " + detail::printable(t.name) + " has an impossible shape");
+        std::vector<std::byte> value;
+        if (t.where.starts_with('=')) {
+            value = archives::bytes_from_hex(std::string_view(t.where).substr(1), out.size_bytes);
+        } else if (!t.where.empty()) {
+            auto const* record = directory.find(std::string(archives::archive_folder) + t.where);
+            if (!record || record->size_bytes != out.size_bytes) detail::refuse_file("the tensor " + detail::printable(t.name) + " has no record of its size");
+            out.offset_bytes = archives::data_offset(*record);
+        }
+        tensors_.push_back(std::move(out));
+        values_.push_back(std::move(value));
+    }
+
+    file_descriptor fd_;
+    std::uint64_t file_bytes_ = 0;
+    std::vector<file_tensor> tensors_;
+    std::vector<std::vector<std::byte>> values_;  ///< of those that are not records; empty: zeros
+    metadata_map metadata_;
+};
+
+[[noreturn]] void cannot_rebuild(std::string const& why) {
+    throw error(errc::unsupported, "cannot rebuild Python's optimizer state: " + why + "; give --model-only, or a .safetensors output");
+}
+
+/// The number between `prefix` and the next dot.
+std::string_view group_of(std::string_view name, std::string_view prefix) { return name.substr(prefix.size(), name.find('.', prefix.size()) - prefix.size()); }
+
+/// How Python names what a varve checkpoint holds, from the tensors' names and their order, which is that of the state.
+archives::python_layout layout_of(state const& s, std::vector<std::string> const& names) {
+    constexpr std::string_view optimizer_prefix = "optimizer.", group_prefix = "optimizer.group.";
+    archives::python_layout out;
+    auto const is_ours = std::any_of(names.begin(), names.end(), [](auto const& n) { return n.starts_with(detail::model_prefix); });
+    bool adam = false, sgd = false;
+    for (auto const& name : names) {
+        if (!is_ours) {
+            out.model.emplace_back(name, name);
+        } else if (name.starts_with(detail::model_prefix)) {
+            out.model.emplace_back(name.substr(detail::model_prefix.size()), name);
+        } else if (name.starts_with(group_prefix)) {
+            if (group_of(name, group_prefix) != "0") cannot_rebuild("it has several parameter groups, and which parameter is in which is not in the file");
+            adam = adam || name == "optimizer.group.0.betas.0";
+            sgd = sgd || name == "optimizer.group.0.momentum";
+        } else if (name.starts_with(optimizer_prefix)) {
+            for (std::string_view kept : {".exp_avg", ".momentum_buffer"})
+                if (name.ends_with(kept)) out.parameters.push_back(name.substr(optimizer_prefix.size(), name.size() - optimizer_prefix.size() - kept.size()));
+        }
+    }
+    for (auto const& [alias, stored] : s.aliases)
+        if (alias.starts_with(detail::model_prefix)) out.model.emplace_back(alias.substr(detail::model_prefix.size()), stored);
+    if (!adam && !sgd) return out;
+    if (out.parameters.empty()) cannot_rebuild("the optimizer keeps nothing for its parameters, so the file does not say which they are");
+    using enum archives::python_option::source;
+    archives::python_group group;
+    // Python's AdamW sets decoupled_weight_decay itself when it loads.
+    if (adam)
+        group.options = {{"lr", number},           {"betas", pair},   {"eps", number},               {"weight_decay", number},         {"amsgrad", boolean},
+                         {"maximize", always_false}, {"foreach", none}, {"capturable", always_false}, {"differentiable", always_false}, {"fused", none},
+                         {"decoupled_weight_decay", always_false}};
+    else
+        group.options = {{"lr", number},           {"momentum", number}, {"dampening", number},           {"weight_decay", number}, {"nesterov", boolean},
+                         {"maximize", always_false}, {"foreach", none},    {"differentiable", always_false}, {"fused", none}};
+    for (std::size_t i = 0; i < out.parameters.size(); ++i) group.parameters.push_back(i);
+    out.groups.push_back(std::move(group));
+    return out;
+}
+
+class file_stream final : public byte_stream {
+public:
+    explicit file_stream(atomic_file& to) : to_(to) {}
+    void write(std::span<std::byte const> bytes) override {
+        to_.write(bytes, at_);
+        at_ += bytes.size();
+    }
+
+private:
+    atomic_file& to_;
+    std::uint64_t at_ = 0;
+};
+
+}  // namespace
+
+std::unique_ptr<file_format> archive_format() { return std::make_unique<libtorch::archive_reader>(); }
+
+std::unique_ptr<checkpoint_file> open_archive(std::filesystem::path const&, file_descriptor fd) { return std::make_unique<archive_checkpoint>(std::move(fd)); }
+
+void write_archive(state s, checkpoint_file const& from, checkpoint_identity const& identity, atomic_file& to) {
+    std::map<std::string_view, file_tensor const*> sources;
+    for (auto const& t : from.tensors()) sources.emplace(t.name, &t);
+    std::vector<std::vector<std::byte>> memory;
+    std::vector<std::string> names;
+    state loaded;
+    loaded.aliases = s.aliases;
+    loaded.layers.resize(2);  // the last is `run`, whose tensors the archive has beside model and optimizer
+    for (auto& l : s.layers)
+        for (auto& t : l.tensors) {
+            auto& bytes = memory.emplace_back(t.size_bytes());
+            from.read(*sources.at(t.name), 0, bytes);
+            t.data = bytes.data();
+            names.push_back(t.name);
+            bool const run = t.name.starts_with("rng.") || t.name.starts_with("user.");
+            loaded.layers[run ? 1 : 0].tensors.push_back(std::move(t));
+        }
+    file_stream out(to);
+    libtorch::write_archive(loaded, layout_of(loaded, names), {identity.step, identity.sequence, identity.metadata}, out);
+}
+
+}  // namespace varve::tool

@@ -1,0 +1,57 @@
+#include "store_reader.hpp"
+
+#include <algorithm>
+#include <cerrno>
+#include <fcntl.h>
+#include <sys/stat.h>
+
+#include "varve/detail/store_folder.hpp"
+#include "varve/detail/text.hpp"
+#include "varve/error.hpp"
+
+#include "checkpoint_file.hpp"
+
+namespace varve::tool {
+
+std::vector<std::filesystem::path> checkpoint_paths(std::filesystem::path const& folder) {
+    auto const shown = detail::printable(folder.string());
+    file_descriptor fd(::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC), system_calls::kernel());
+    if (!fd) throw_if(last_system_error(errno), shown);
+    auto mark = detail::read_mark(fd.get(), shown);
+    std::vector<std::filesystem::path> out;
+    for (auto const& name : detail::names_in(fd.get()))
+        if (detail::step_of_name(name, ".safetensors") || detail::step_of_name(name, ".pt")) out.push_back(folder / name);
+    if (!mark && out.empty()) throw error(errc::not_a_store, shown + ": not a checkpoint store; give the folder that holds the checkpoints");
+    std::sort(out.begin(), out.end());
+    return out;
+}
+
+listed_store list_store(std::filesystem::path const& folder) {
+    listed_store out;
+    for (auto const& path : checkpoint_paths(folder)) {
+        try {
+            auto fd = open_to_read(path);
+            auto identity = format_of(fd.get())->identify(fd.get());
+            struct stat info {};
+            ::fstat(fd.get(), &info);
+            out.checkpoints.push_back({path, identity.step, identity.sequence, static_cast<std::uint64_t>(info.st_size)});
+        } catch (error const& e) {
+            if (e.code() == errc::unsupported) throw error(e.code(), detail::printable(path.string()) + ": " + e.what());
+            if (e.code() != std::errc::no_such_file_or_directory) out.broken.push_back({path, e.what()});
+        }
+    }
+    std::stable_sort(out.checkpoints.begin(), out.checkpoints.end(), [](auto const& a, auto const& b) { return a.sequence > b.sequence; });
+    return out;
+}
+
+std::filesystem::path newest_checkpoint(std::filesystem::path const& path, std::optional<std::uint64_t> step) {
+    if (!std::filesystem::is_directory(path)) return path;
+    auto listed = list_store(path);
+    for (auto const& c : listed.checkpoints)
+        if (!step || c.step == *step) return c.path;
+    auto which = step ? "no whole checkpoint of step " + std::to_string(*step) : std::string("no whole checkpoint");
+    if (!step && !listed.broken.empty()) which += "; " + listed.broken.back().path.filename().string() + ": " + listed.broken.back().why;
+    throw error(errc::no_checkpoint, detail::printable(path.string()) + ": " + which);
+}
+
+}  // namespace varve::tool

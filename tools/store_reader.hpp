@@ -1,0 +1,39 @@
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace varve::tool {
+
+/// A checkpoint of a store as a reader finds it, by its header alone.
+struct listed_checkpoint {
+    std::filesystem::path path;
+    std::uint64_t step = 0;
+    std::uint64_t sequence = 0;
+    std::uint64_t size_bytes = 0;
+};
+
+struct listed_store {
+    std::vector<listed_checkpoint> checkpoints;  ///< newest first, by sequence
+    struct broken_file {
+        std::filesystem::path path;
+        std::string why;
+    };
+    std::vector<broken_file> broken;  ///< those that carry a checkpoint's name and are none
+};
+
+/// Lists the checkpoints of the store in `folder`, without a lock: a file that a writer lets go meanwhile is left out,
+/// partial files are ignored. Throws errc::not_a_store for a folder that has neither a mark nor a checkpoint.
+listed_store list_store(std::filesystem::path const& folder);
+
+/// Names of all files in the folder that are called as checkpoints are, by step. Throws as list_store does.
+std::vector<std::filesystem::path> checkpoint_paths(std::filesystem::path const& folder);
+
+/// `path` itself if it is a file; in a store its newest checkpoint, or the newest of that step. Throws
+/// errc::no_checkpoint where there is none.
+std::filesystem::path newest_checkpoint(std::filesystem::path const& path, std::optional<std::uint64_t> step = std::nullopt);
+
+}  // namespace varve::tool
