@@ -1,0 +1,172 @@
+#include <boost/test/unit_test.hpp>
+
+#include <algorithm>
+#include <csignal>
+#include <fstream>
+
+#include "support.hpp"
+#include "tool.hpp"
+
+namespace varve_test {
+
+namespace {
+
+namespace fs = std::filesystem;
+using json = nlohmann::json;
+
+fs::path result_in(fs::path const& dir) {
+    for (auto const& entry : fs::directory_iterator(dir))
+        if (auto name = entry.path().filename().string(); name.starts_with("comparison_") && name.ends_with(".json")) return entry.path();
+    return {};
+}
+
+/// One comparison of everything that runs here, which several cases look at.
+struct comparison {
+    comparison() {
+        run = run_tool(joined({"bench", "--output-dir", folder / "results", "--events", folder / "events", "--repeat", "2", "--methods", "traditional",
+                               "traditional-durable", "original", "layerwise", "host+sync+posix", "host+layerwise+memory", "host+async+null"},
+                              tiny_model({"--num-steps", "12", "--checkpoint-freq", "5", "--warmup", "1", "--keep", "1"})));
+        if (run.code == 0) document = read_json(result_in(folder / "results"));
+    }
+    temporary_folder folder;
+    outcome run;
+    json document;
+};
+
+comparison const& shared_comparison() {
+    static comparison const instance;
+    return instance;
+}
+
+std::vector<std::string> const with_files{"Traditional PyTorch Checkpoint", "Traditional PyTorch Checkpoint (durable)", "Original PCCheck",
+                                          "Layerwise PCCheck (Improved)", "host+sync+posix"};
+
+bool holds_null(json const& value) {
+    if (value.is_null()) return true;
+    return value.is_structured() && std::any_of(value.begin(), value.end(), holds_null);
+}
+
+}  // namespace
+
+BOOST_AUTO_TEST_CASE(every_method_runs_and_is_restored_bit_for_bit) {
+    auto const& c = shared_comparison();
+    BOOST_TEST_REQUIRE(c.run.code == 0, c.run.err);
+    auto const& results = c.document["results"];
+    BOOST_TEST(results.size() == 8u);
+    for (auto const& key : with_files) BOOST_TEST(results.at(key).at("/restore/bit_exact"_json_pointer).get<bool>(), key);
+}
+
+BOOST_AUTO_TEST_CASE(every_method_has_the_losses_of_a_run_without_checkpoints) {
+    auto const& c = shared_comparison();
+    BOOST_TEST_REQUIRE(c.run.code == 0, c.run.err);
+    auto const& results = c.document["results"];
+    auto const expected = results.at("No Checkpoint").at("final_loss");
+    for (auto const& [key, result] : results.items()) BOOST_TEST((result.at("final_loss") == expected), key);
+    // And step by step, from the events.
+    std::map<std::uint64_t, json> losses;
+    for (auto const& e : read_events(c.folder / "events")) {
+        if (e.at("event") != "step") continue;
+        auto const [known, is_new] = losses.emplace(e.at("step"), e.at("loss"));
+        BOOST_TEST((known->second == e.at("loss")), e.dump());
+    }
+    BOOST_TEST(losses.size() == 12u);
+}
+
+BOOST_AUTO_TEST_CASE(the_result_has_every_key_and_no_null) {
+    auto const& c = shared_comparison();
+    BOOST_TEST_REQUIRE(c.run.code == 0, c.run.err);
+    auto const& d = c.document;
+    BOOST_TEST(!holds_null(d));
+    for (char const* key : {"/machine/cores", "/config/model/d_model", "/config/training/checkpoint_freq", "/config/pccheck/max_async", "/config/run/seed",
+                            "/config/effective/Original PCCheck/combination", "/config/command", "/limits/direct/write_gb_per_s", "/started", "/version"})
+        BOOST_TEST(d.contains(json::json_pointer(key)), key);
+    for (auto const& key : with_files) {
+        auto check = [&](json const& r) {
+            for (char const* path :
+                 {"/checkpoint/mean_ms", "/checkpoint/std_ms", "/checkpoint/min_ms", "/checkpoint/max_ms", "/checkpoint/total_ms", "/stall/mean_ms", "/stall/p50_ms",
+                  "/stall/p99_ms", "/stall/wait_ms", "/stall/gpu_wait_ms", "/latency/mean_ms", "/latency/p50_ms", "/latency/p99_ms", "/training_step/mean_ms",
+                  "/training_step/std_ms", "/memory/peak_cpu_gb", "/memory/mean_cpu_gb", "/memory/peak_gpu_gb", "/throughput/samples_per_sec",
+                  "/throughput/total_samples", "/io_performance/data_size_gb", "/io_performance/mean_io_throughput_gbps",
+                  "/io_performance/max_io_throughput_gbps", "/io_performance/min_io_throughput_gbps", "/loop_time_sec", "/drained_time_sec", "/total_time_sec",
+                  "/setup_time_sec", "/checkpoint_overhead_percent", "/overhead_vs_none_percent", "/floor_sec", "/over_floor", "/final_loss", "/restore/time_ms",
+                  "/restore/gbps", "/restore/warm_gbps", "/restore/bit_exact"})
+                BOOST_TEST(r.contains(json::json_pointer(path)), key << path);
+            BOOST_TEST(r.at("/checkpoint/count"_json_pointer) == 2);
+            BOOST_TEST(r.at("written") == 2);
+            BOOST_TEST(r.at("durable") == (key == with_files.front() ? 0 : 2));
+            for (char const* none : {"skipped", "replaced", "failed"}) BOOST_TEST(r.at(none) == 0);
+            BOOST_TEST(r.at("drained_time_sec").get<double>() >= r.at("loop_time_sec").get<double>());
+            for (auto const& [name, value] : r.items()) BOOST_TEST(!name.starts_with("_"));
+        };
+        auto const& result = d["results"].at(key);
+        check(result);
+        BOOST_TEST_REQUIRE(result.at("repeats").size() == 2u);
+        for (auto const& repeat : result["repeats"]) check(repeat);
+    }
+    auto const& none = d["results"].at("No Checkpoint");
+    for (char const* absent : {"checkpoint", "stall", "latency", "restore", "io_performance", "overhead_vs_none_percent"}) BOOST_TEST(!none.contains(absent), absent);
+    BOOST_TEST(!d["results"].at("host+async+null").contains("restore"));
+}
+
+BOOST_AUTO_TEST_CASE(stores_are_gone_afterwards_and_durable_comes_last) {
+    auto const& c = shared_comparison();
+    BOOST_TEST_REQUIRE(c.run.code == 0, c.run.err);
+    BOOST_TEST(!fs::exists(c.folder / "results/checkpoints"));
+    std::map<std::pair<std::string, std::uint64_t>, std::vector<std::string>> saves;
+    for (auto const& e : read_events(c.folder / "events"))
+        if (e.at("event") != "step") saves[{e.at("method"), e.at("step")}].push_back(e.at("event"));
+    auto const& seen = saves.at({"layerwise", 10});
+    auto at = [&](char const* what) { return std::find(seen.begin(), seen.end(), what) - seen.begin(); };
+    BOOST_TEST(at("begin") == 0);
+    BOOST_TEST(at("staged") < at("durable"));
+    BOOST_TEST(at("written") < at("durable"));
+    BOOST_TEST(at("durable") < static_cast<std::ptrdiff_t>(seen.size()));
+}
+
+BOOST_AUTO_TEST_CASE(kept_checkpoints_stay_and_the_next_bench_empties_them) {
+    temporary_folder folder;
+    auto const args = joined({"bench", "--methods", "layerwise", "--output-dir", folder.path().string(), "--keep-checkpoints"},
+                             tiny_model({"--num-steps", "12", "--checkpoint-freq", "5", "--warmup", "0", "--keep", "2"}));
+    BOOST_TEST_REQUIRE(run_tool(args).code == 0);
+    auto const store = folder / "checkpoints/layerwise";
+    BOOST_TEST(stored_steps(store) == (std::vector<std::uint64_t>{5, 10}), boost::test_tools::per_element());
+    auto again = args;
+    again.insert(again.end(), {"--seed", "5"});  // another run: nothing of the first may stand in its way
+    auto const r = run_tool(again);
+    BOOST_TEST(r.code == 0, r.err);
+    BOOST_TEST(stored_steps(store) == (std::vector<std::uint64_t>{5, 10}), boost::test_tools::per_element());
+}
+
+BOOST_AUTO_TEST_CASE(a_sweep_of_frequencies_writes_a_result_for_each) {
+    temporary_folder folder;
+    auto const r = run_tool(joined({"bench", "--scenario", "frequency", "--output-dir", folder.path().string()},
+                                   tiny_model({"--num-steps", "10", "--warmup", "0"})));
+    BOOST_TEST_REQUIRE(r.code == 0, r.err);
+    BOOST_TEST(r.err.find("every 20 steps is left out") != std::string::npos);
+    std::vector<int> frequencies;
+    for (auto const& entry : fs::directory_iterator(folder.path()))
+        if (entry.path().extension() == ".json") {
+            auto const frequency = read_json(entry.path()).at("/config/training/checkpoint_freq"_json_pointer).get<int>();
+            BOOST_TEST(entry.path().string().ends_with("_freq" + std::to_string(frequency) + ".json"));
+            frequencies.push_back(frequency);
+        }
+    std::sort(frequencies.begin(), frequencies.end());
+    BOOST_TEST(frequencies == (std::vector<int>{5, 10}), boost::test_tools::per_element());
+    auto const report = run_tool({"report", "--input-dir", folder.path().string(), "--output-file", folder / "report.md"});
+    BOOST_TEST(report.code == 0, report.err);
+    BOOST_TEST(fs::exists(folder / "report.md"));
+}
+
+BOOST_AUTO_TEST_CASE(a_stopped_bench_drains_and_writes_no_result) {
+    temporary_folder folder;
+    running_tool bench(joined({"bench", "--methods", "layerwise", "--output-dir", folder.path().string(), "--events", folder / "events"},
+                              tiny_model({"--num-steps", "100000", "--checkpoint-freq", "5", "--warmup", "0"})));
+    BOOST_TEST_REQUIRE(!bench.ends_within(std::chrono::milliseconds(1500)));
+    bench.signal(SIGTERM);
+    BOOST_TEST_REQUIRE(bench.ends_within(std::chrono::seconds(60)));
+    auto const r = bench.wait();
+    BOOST_TEST(r.code == 130, r.err);
+    BOOST_TEST(result_in(folder.path()).empty());
+}
+
+}  // namespace varve_test

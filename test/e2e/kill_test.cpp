@@ -1,0 +1,92 @@
+#include <boost/test/unit_test.hpp>
+
+#include <algorithm>
+#include <csignal>
+#include <random>
+
+#include "support.hpp"
+#include "tool.hpp"
+
+namespace varve_test {
+
+namespace {
+
+std::vector<std::string> train_args(std::string const& method, temporary_folder const& folder, std::string const& name, std::string const& steps) {
+    return joined({"train", "--method", method, "--dir", folder / name, "--events", folder / (name + ".events"), "--num-steps", steps},
+                  tiny_model({"--checkpoint-freq", "3"}));
+}
+
+std::map<std::uint64_t, nlohmann::json> losses(std::filesystem::path const& events) {
+    std::map<std::uint64_t, nlohmann::json> out;
+    for (auto const& e : read_events(events)) {
+        if (e.at("event") != "step") continue;
+        auto const [known, is_new] = out.emplace(e.at("step"), e.at("loss"));
+        BOOST_TEST((known->second == e.at("loss")), "step " << known->first << " was trained again and came out otherwise");
+    }
+    return out;
+}
+
+/// Every checkpoint that was reported durable is there or has a newer one.
+void durable_is_kept(temporary_folder const& folder) {
+    if (!std::filesystem::exists(folder / "killed.events")) return;
+    std::uint64_t durable = 0;
+    for (auto const& e : read_events(folder / "killed.events"))
+        if (e.at("event") == "durable") durable = std::max(durable, e.at("step").get<std::uint64_t>());
+    if (durable == 0) return;
+    auto const steps = stored_steps(folder / "killed");
+    BOOST_TEST_REQUIRE(!steps.empty());
+    BOOST_TEST(steps.back() >= durable);
+}
+
+std::uintmax_t size_of(std::filesystem::path const& file) {
+    std::error_code code;
+    auto const size = std::filesystem::file_size(file, code);
+    return code ? 0 : size;
+}
+
+void kill_and_go_on(std::string const& method) {
+    auto const kills = full() ? 20 : 3;
+    std::string const steps = full() ? "240" : "45";
+    temporary_folder folder;
+    BOOST_TEST_REQUIRE(run_tool(train_args(method, folder, "whole", steps)).code == 0);
+
+    std::mt19937 random(std::random_device{}());
+    auto between = [&](int low, int high) { return std::chrono::milliseconds(std::uniform_int_distribution<>(low, high)(random)); };
+    int killed = 0;
+    for (bool done = false; killed < kills && !done;) {
+        auto const before = size_of(folder / "killed.events");
+        running_tool run(train_args(method, folder, "killed", steps));
+        // A quarter of the kills at any moment, the start included; the others once it trains, so that it gets on.
+        if (between(1, 4) == std::chrono::milliseconds(1)) {
+            done = run.ends_within(between(0, 1500));
+        } else {
+            while (!done && size_of(folder / "killed.events") == before) done = run.ends_within(std::chrono::milliseconds(2));
+            done = done || run.ends_within(between(0, 400));
+        }
+        if (done) {
+            BOOST_TEST(run.wait().code == 0);
+        } else {
+            run.signal(SIGKILL);
+            run.wait();
+            ++killed;
+        }
+        durable_is_kept(folder);
+    }
+    BOOST_TEST(killed > 0);
+    BOOST_TEST_MESSAGE(method << ": killed " << killed << " times");
+    auto const last = run_tool(train_args(method, folder, "killed", steps));
+    BOOST_TEST_REQUIRE(last.code == 0, last.err);
+    BOOST_TEST((losses(folder / "killed.events") == losses(folder / "whole.events")));
+    auto const compared = run_tool({"diff", newest_file(folder / "whole"), newest_file(folder / "killed")});
+    BOOST_TEST(compared.code == 0, compared.out << compared.err);
+    auto const verified = run_tool({"verify", folder / "killed"});
+    BOOST_TEST(verified.code == 0, verified.out << verified.err);
+}
+
+}  // namespace
+
+BOOST_AUTO_TEST_CASE(traditional_survives_kills) { kill_and_go_on("traditional"); }
+BOOST_AUTO_TEST_CASE(original_survives_kills) { kill_and_go_on("original"); }
+BOOST_AUTO_TEST_CASE(layerwise_survives_kills) { kill_and_go_on("layerwise"); }
+
+}  // namespace varve_test

@@ -1,0 +1,63 @@
+#include <boost/test/unit_test.hpp>
+
+#include <optional>
+
+#include "support.hpp"
+#include "tool.hpp"
+
+namespace varve_test {
+
+namespace {
+
+// 126 MB of state on a step of a few milliseconds: many blocks, few computations.
+std::vector<std::string> large_state(std::string const& command, std::vector<std::string> const& more) {
+    return joined({command, "--d-model", "256", "--num-layers", "2", "--nhead", "4", "--vocab-size", "20000", "--dim-feedforward", "256", "--num-samples", "10",
+                   "--seq-len", "8", "--batch-size", "1", "--num-steps", "4", "--checkpoint-freq", "2"},
+                  more);
+}
+
+/// In every save: the first write is under way before the last layer is updated.
+void writes_before_the_last_update(std::filesystem::path const& events, std::string const& method) {
+    std::map<std::uint64_t, std::int64_t> first_write, last_update;
+    for (auto const& e : read_events(events)) {
+        if (e.at("method") != method) continue;
+        std::uint64_t const step = e.at("step");
+        std::int64_t const time = e.at("time_ns");
+        if (e.at("event") == "write") first_write.emplace(step, time);
+        // Layer `run` is no optimizer's: it is taken when the save is sealed.
+        if (e.at("event") == "layer_ready" && e.at("layer") != "run") last_update[step] = std::max(last_update[step], time);
+    }
+    BOOST_TEST(last_update.size() == 2u);
+    for (auto const& [step, time] : last_update) {
+        BOOST_TEST_REQUIRE(first_write.count(step) == 1u);
+        BOOST_TEST(first_write[step] < time, "step " << step);
+    }
+}
+
+}  // namespace
+
+BOOST_AUTO_TEST_CASE(layerwise_writes_before_the_last_layer_is_updated) {
+    for (std::string const method : {"layerwise", "host+layerwise+posix"}) {
+        temporary_folder folder;
+        auto const r = run_tool(large_state("train", {"--method", method, "--dir", folder / "run", "--events", folder / "events"}));
+        BOOST_TEST_REQUIRE(r.code == 0, r.err);
+        writes_before_the_last_update(folder / "events", method);
+    }
+}
+
+BOOST_AUTO_TEST_CASE(it_overlaps_with_a_pool_smaller_than_the_image_and_stays_inside_it) {
+    temporary_folder folder;
+    auto const r = run_tool(large_state("bench", {"--methods", "layerwise", "--output-dir", folder.path().string(), "--events", folder / "events",
+                                         "--pool-size-mb", "40", "--warmup", "1"}));
+    BOOST_TEST_REQUIRE(r.code == 0, r.err);
+    writes_before_the_last_update(folder / "events", "layerwise");
+    for (auto const& entry : std::filesystem::directory_iterator(folder.path())) {
+        if (entry.path().extension() != ".json") continue;
+        auto const facts = read_json(entry.path()).at("/config/effective/Layerwise PCCheck (Improved)"_json_pointer);
+        BOOST_TEST(facts.at("pool_bytes").get<std::uint64_t>() <= 40'000'000u);
+        BOOST_TEST(facts.at("image_bytes").get<std::uint64_t>() >= 100'000'000u);
+        BOOST_TEST(facts.at("max_in_flight") == 1);
+    }
+}
+
+}  // namespace varve_test

@@ -1,0 +1,134 @@
+#include "tool.hpp"
+
+#include <algorithm>
+#include <csignal>
+#include <cstdlib>
+#include <fcntl.h>
+#include <fstream>
+#include <iterator>
+#include <stdexcept>
+#include <sys/wait.h>
+#include <thread>
+#include <unistd.h>
+
+namespace varve_test {
+
+namespace fs = std::filesystem;
+
+namespace {
+
+std::string read_text(fs::path const& file) {
+    std::ifstream in(file, std::ios::binary);
+    return {std::istreambuf_iterator<char>(in), {}};
+}
+
+fs::path temporary_file() {
+    auto pattern = (fs::temp_directory_path() / "varve-e2e-XXXXXX").string();
+    int const fd = ::mkstemp(pattern.data());
+    if (fd < 0) throw std::runtime_error("no temporary file");
+    ::close(fd);
+    return pattern;
+}
+
+}  // namespace
+
+running_tool::running_tool(std::vector<std::string> const& args) : out_(temporary_file()), err_(temporary_file()) {
+    char const* tool = std::getenv("VARVE_TOOL");
+    if (!tool) throw std::runtime_error("VARVE_TOOL does not say where the command is; run the tests with meson");
+    std::vector<std::string> words{tool};
+    words.insert(words.end(), args.begin(), args.end());
+    std::vector<char*> argv;
+    for (auto& w : words) argv.push_back(w.data());
+    argv.push_back(nullptr);
+    pid_ = ::fork();
+    if (pid_ < 0) throw std::runtime_error("cannot fork");
+    if (pid_ == 0) {
+        ::setpgid(0, 0);
+        ::dup2(::open("/dev/null", O_RDONLY), STDIN_FILENO);
+        ::dup2(::open(out_.c_str(), O_WRONLY | O_TRUNC), STDOUT_FILENO);
+        ::dup2(::open(err_.c_str(), O_WRONLY | O_TRUNC), STDERR_FILENO);
+        ::execv(argv[0], argv.data());
+        ::_exit(127);
+    }
+}
+
+running_tool::~running_tool() {
+    if (!ended_) {
+        signal(SIGKILL);
+        collect(0);
+    }
+    fs::remove(out_);
+    fs::remove(err_);
+}
+
+void running_tool::signal(int number) const {
+    if (!ended_) ::kill(pid_, number);
+}
+
+bool running_tool::collect(int options) {
+    if (!ended_) ended_ = ::waitpid(pid_, &status_, options) == pid_;
+    return ended_;
+}
+
+bool running_tool::ends_within(std::chrono::milliseconds time) {
+    for (auto const end = std::chrono::steady_clock::now() + time; !collect(WNOHANG); std::this_thread::sleep_for(std::chrono::milliseconds(2)))
+        if (std::chrono::steady_clock::now() >= end) return false;
+    return true;
+}
+
+outcome running_tool::wait() {
+    collect(0);
+    return {WIFSIGNALED(status_) ? 128 + WTERMSIG(status_) : WEXITSTATUS(status_), read_text(out_), read_text(err_)};
+}
+
+outcome run_tool(std::vector<std::string> const& args) { return running_tool(args).wait(); }
+
+temporary_folder::temporary_folder() {
+    auto pattern = (fs::temp_directory_path() / "varve-e2e-XXXXXX").string();
+    if (!::mkdtemp(pattern.data())) throw std::runtime_error("no temporary folder");
+    path_ = pattern;
+}
+
+temporary_folder::~temporary_folder() {
+    std::error_code ignored;
+    fs::remove_all(path_, ignored);
+}
+
+std::vector<nlohmann::json> read_events(fs::path const& file) {
+    std::vector<nlohmann::json> events;
+    std::ifstream in(file);
+    for (std::string line; std::getline(in, line);) events.push_back(nlohmann::json::parse(line));
+    return events;
+}
+
+nlohmann::json read_json(fs::path const& file) { return nlohmann::json::parse(read_text(file)); }
+
+std::vector<std::uint64_t> stored_steps(fs::path const& store) {
+    std::vector<std::uint64_t> steps;
+    for (auto const& entry : fs::directory_iterator(store))
+        if (auto name = entry.path().filename().string(); name.starts_with("step-")) steps.push_back(std::stoull(name.substr(5, 12)));
+    std::sort(steps.begin(), steps.end());
+    return steps;
+}
+
+std::string newest_file(fs::path const& store) {
+    fs::path newest;
+    for (auto const& entry : fs::directory_iterator(store))
+        if (entry.path().filename().string().starts_with("step-")) newest = std::max(newest, entry.path());
+    return newest.string();
+}
+
+std::vector<std::string> joined(std::vector<std::string> first, std::vector<std::string> const& second) {
+    first.insert(first.end(), second.begin(), second.end());
+    return first;
+}
+
+std::vector<std::string> tiny_model(std::vector<std::string> const& more) {
+    return joined({"--d-model", "128", "--num-layers", "2", "--nhead", "4", "--vocab-size", "1000", "--dim-feedforward", "256", "--num-samples", "50",
+                   "--seq-len", "32", "--batch-size", "4", "--max-async", "2"},
+                  more);
+}
+
+std::size_t line_count(std::string const& text) { return static_cast<std::size_t>(std::count(text.begin(), text.end(), '\n')); }
+
+}  // namespace varve_test

@@ -1,0 +1,73 @@
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <filesystem>
+#include <string>
+#include <sys/types.h>
+#include <vector>
+
+#include <nlohmann/json.hpp>
+
+/// What the end-to-end tests share: running the command (its path is in the environment's VARVE_TOOL) and reading what it leaves.
+namespace varve_test {
+
+struct outcome {
+    int code = 0;  ///< 128 + signal number if a signal ended it
+    std::string out, err;
+};
+
+/// The command in a process of its own.
+class running_tool {
+public:
+    explicit running_tool(std::vector<std::string> const& args);
+    ~running_tool();
+    running_tool(running_tool const&) = delete;
+    running_tool& operator=(running_tool const&) = delete;
+
+    void signal(int number) const;
+    /// Whether it ended within that time.
+    bool ends_within(std::chrono::milliseconds time);
+    outcome wait();
+
+private:
+    bool collect(int options);
+
+    std::filesystem::path out_, err_;
+    pid_t pid_ = -1;
+    int status_ = 0;
+    bool ended_ = false;
+};
+
+outcome run_tool(std::vector<std::string> const& args);
+
+/// A folder that is gone with the object.
+class temporary_folder {
+public:
+    temporary_folder();
+    ~temporary_folder();
+    temporary_folder(temporary_folder const&) = delete;
+    temporary_folder& operator=(temporary_folder const&) = delete;
+
+    std::filesystem::path const& path() const { return path_; }
+    std::string operator/(std::string const& name) const { return (path_ / name).string(); }
+
+private:
+    std::filesystem::path path_;
+};
+
+/// The whole lines of an events file; a line that is cut off by a kill would be an error.
+std::vector<nlohmann::json> read_events(std::filesystem::path const& file);
+nlohmann::json read_json(std::filesystem::path const& file);
+/// Steps of the checkpoints in a store, ascending, by their files' names.
+std::vector<std::uint64_t> stored_steps(std::filesystem::path const& store);
+/// The newest step's file.
+std::string newest_file(std::filesystem::path const& store);
+
+/// Options of a model that trains a step in a few hundredths of a second, with more behind them.
+std::vector<std::string> tiny_model(std::vector<std::string> const& more = {});
+std::vector<std::string> joined(std::vector<std::string> first, std::vector<std::string> const& second);
+
+std::size_t line_count(std::string const& text);
+
+}  // namespace varve_test

@@ -1,0 +1,131 @@
+#include <boost/test/unit_test.hpp>
+
+#include <fstream>
+
+#include "support.hpp"
+#include "tool.hpp"
+
+namespace varve_test {
+
+namespace {
+
+/// Wrong use: one line that contains `words`, nothing on standard output.
+void refused(std::vector<std::string> const& args, std::string const& words, int code = 2) {
+    std::string shown;
+    for (auto const& a : args) shown += a + " ";
+    auto const r = run_tool(args);
+    BOOST_TEST_CONTEXT("varve " << shown << ": " << r.err) {
+        BOOST_TEST(r.code == code);
+        BOOST_TEST(line_count(r.err) == 1u);
+        BOOST_TEST(r.out.empty());
+        BOOST_TEST(r.err.find(words) != std::string::npos);
+    }
+}
+
+std::string write_file(temporary_folder const& folder, std::string const& text) {
+    auto const path = folder / "settings.yaml";
+    std::ofstream(path) << text;
+    return path;
+}
+
+}  // namespace
+
+BOOST_AUTO_TEST_CASE(wrong_options_get_one_line_that_says_what_to_do) {
+    refused({}, "--help");
+    refused({"benhc"}, "unknown command 'benhc'");
+    refused({"bench", "--d-modl", "3"}, "did you mean --d-model");
+    refused({"bench", "--nonsense"}, "unknown option --nonsense");
+    refused({"bench", "extra"}, "'extra'");
+    refused({"bench", "--d-model"}, "--d-model");
+    refused({"bench", "--d-model", "64", "--d-model", "64"}, "twice");
+    refused({"train", "--method", "layerwise"}, "--dir is missing");
+    refused({"train", "--dir", "/tmp/x"}, "--method is missing");
+    refused({"train", "--method", "layerwise", "--dir", "/tmp/x", "--overwrite"}, "--fresh");
+    refused({"report", "--input", "x"}, "--help");
+}
+
+BOOST_AUTO_TEST_CASE(values_out_of_range_are_named) {
+    refused({"bench", "--d-model", "0"}, "--d-model '0': must be from 1 to");
+    refused({"bench", "--num-steps", "-1"}, "--num-steps '-1'");
+    refused({"bench", "--num-steps", "99999999999999999999999"}, "--num-steps");
+    refused({"bench", "--seq-len", "513"}, "to 512");
+    refused({"bench", "--lr", "nan"}, "--lr 'nan'");
+    refused({"bench", "--dropout", "1"}, "--dropout '1'");
+    refused({"bench", "--nhead", "7"}, "--nhead 7 must divide --d-model 512");
+    refused({"bench", "--when-busy", "wait"}, "block, skip or replace");
+    refused({"bench", "--num-steps", "5"}, "no checkpoint is due");
+    refused({"bench", "--d-model", "1000000", "--nhead", "1"}, "memory");
+    refused({"bench", "--scenario", "tiny"}, "small, medium, large, frequency or all");
+}
+
+BOOST_AUTO_TEST_CASE(what_is_not_built_is_said) {
+    refused({"bench", "--use-monitor"}, "monitor is not built");
+    refused({"bench", "--scenario", "monitor"}, "monitor is not built");
+    refused({"bench", "--device", "cuda"}, "no CUDA");
+    refused({"bench", "--update", "fused"}, "plain");
+    refused({"bench", "--gpu-snapshot", "on"}, "no CUDA");
+    refused({"bench", "--methods", "nonsense"}, "unknown method 'nonsense'");
+    refused({"bench", "--methods", "host+async+asio"}, "host+async+asio");
+    refused({"bench", "--methods", "pinned+async+posix"}, "pinned");
+    refused({"bench", "--methods", "gds+layerwise+io_uring"}, "gds");
+    refused({"train", "--method", "none", "--dir", "/tmp/x"}, "no files");
+    refused({"train", "--method", "host+sync+null", "--dir", "/tmp/x"}, "no files");
+}
+
+BOOST_AUTO_TEST_CASE(a_wrong_configuration_file_is_refused_with_its_key) {
+    temporary_folder folder;
+    auto with = [&](std::string const& text) { return std::vector<std::string>{"bench", "--config", write_file(folder, text)}; };
+    refused({"bench", "--config", folder / "absent.yaml"}, "cannot read");
+    refused(with("model:\n  d_modl: 64\n"), "unknown key model.d_modl");
+    refused(with("model:\n  seq_len: 64\n"), "it belongs to training");
+    refused(with("models:\n  d_model: 64\n"), "unknown section models");
+    refused(with("model:\n  d_model: lots\n"), "model.d_model 'lots'");
+    refused(with("model: [1, 2]\n"), "model must hold");
+    refused(with("model:\n  d_model: 64\n  d_model: 32\n"), "twice");
+    refused(with("model: {d_model: 64\n"), "not YAML");
+    refused(with("pccheck:\n  use_monitor: true\n"), "monitor");
+}
+
+BOOST_AUTO_TEST_CASE(settings_come_from_default_scenario_file_and_flag_in_that_order) {
+    temporary_folder folder;
+    auto const file = write_file(folder, "training:\n  num_steps: 40\n  checkpoint_freq: 8\nrun:\n  methods: [layerwise]\n  warmup: 3\n");
+    auto const plan = run_tool({"bench", "--scenario", "small", "--config", file, "--checkpoint-freq", "4", "--dry-run"});
+    BOOST_TEST(plan.code == 0);
+    BOOST_TEST_CONTEXT(plan.out) {
+        BOOST_TEST(plan.out.find("none, layerwise: 3 warm-up steps, 40 steps, 10 checkpoints") != std::string::npos);
+        BOOST_TEST(plan.out.find("about 0.0") != std::string::npos);  // of the small scenario's model
+    }
+}
+
+BOOST_AUTO_TEST_CASE(a_dry_run_of_everything_does_nothing) {
+    temporary_folder folder;
+    auto const r = run_tool({"bench", "--scenario", "all", "--dry-run", "--output-dir", folder / "results"});
+    BOOST_TEST(r.code == 0);
+    BOOST_TEST(r.err.find("monitor") != std::string::npos);
+    BOOST_TEST(r.out.find("frequency: every 50 steps") != std::string::npos);
+    BOOST_TEST(!std::filesystem::exists(folder / "results"));
+}
+
+BOOST_AUTO_TEST_CASE(help_and_list_are_there) {
+    for (std::vector<std::string> const& args :
+         {std::vector<std::string>{"--help"}, {"--version"}, {"bench", "--help"}, {"bench", "-h"}, {"train", "--help"}, {"report", "--help"}, {"bench", "--list"}}) {
+        auto const r = run_tool(args);
+        BOOST_TEST(r.code == 0);
+        BOOST_TEST(line_count(r.out) > 3u);
+        BOOST_TEST(r.err.empty());
+    }
+}
+
+BOOST_AUTO_TEST_CASE(somebody_elses_files_are_left_alone) {
+    temporary_folder folder;
+    std::filesystem::create_directories(folder / "checkpoints/layerwise");
+    std::ofstream(folder / "checkpoints/layerwise/thesis.txt") << "text";
+    refused(joined({"bench", "--methods", "layerwise", "--output-dir", folder.path().string()}, tiny_model({"--num-steps", "10"})), "did not write", 1);
+    BOOST_TEST(std::filesystem::exists(folder / "checkpoints/layerwise/thesis.txt"));
+    auto const r = run_tool(joined({"train", "--method", "layerwise", "--dir", folder / "checkpoints/layerwise"}, tiny_model({"--num-steps", "10"})));
+    BOOST_TEST(r.code == 1);
+    BOOST_TEST(line_count(r.err) == 1u);
+    BOOST_TEST(std::filesystem::exists(folder / "checkpoints/layerwise/thesis.txt"));
+}
+
+}  // namespace varve_test
