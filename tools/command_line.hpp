@@ -11,7 +11,12 @@
 
 namespace varve::tool {
 
-/// Parses what follows a command's name: `shown` are its options, `positional` names what it takes besides, each once.
+/// Options under a caption, for lines of the length that help has.
+inline boost::program_options::options_description option_group(std::string const& caption) {
+    return boost::program_options::options_description(caption, 120);
+}
+
+/// Parses what follows a command's name: `shown` are its options, `help` among them; `positional` names what it takes besides, each once.
 /// Prints the help and returns nothing where --help was given; throws usage_error for anything that has no meaning.
 inline std::optional<boost::program_options::variables_map> parse_command_line(std::vector<std::string> const& args, std::string const& usage,
                                                                               boost::program_options::options_description const& shown,
@@ -19,7 +24,6 @@ inline std::optional<boost::program_options::variables_map> parse_command_line(s
     namespace po = boost::program_options;
     po::options_description known;
     known.add(shown);
-    known.add_options()("help", "");
     po::positional_options_description places;
     for (auto const& name : positional) {
         known.add_options()(name.c_str(), po::value<std::string>(), "");
@@ -41,7 +45,7 @@ inline std::optional<boost::program_options::variables_map> parse_command_line(s
         throw usage_error(std::string(e.what()) + "; --help lists all options");
     }
     if (values.count("help")) {
-        out << usage << '\n' << shown << "  --help                this text\n";
+        out << usage << '\n' << shown;
         return std::nullopt;
     }
     for (auto const& name : positional)

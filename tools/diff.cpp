@@ -45,11 +45,12 @@ element_difference compare(checkpoint_file const& a, file_tensor const& in_a, ch
 }  // namespace
 
 int diff(std::vector<std::string> const& args, std::ostream& out, std::ostream&) {
-    namespace po = boost::program_options;
+    auto shown = option_group("Options");
+    shown.add_options()("help", "this text");
     auto values = parse_command_line(args,
                                      "Usage: varve diff A B\nCompares the tensors of two checkpoints: names, shapes, dtypes and bits, and the largest difference of values.\n"
                                      "Exit code 0 if the bits are the same, 1 if not. Of a store the newest checkpoint is compared.\n",
-                                     po::options_description("Options"), {"A", "B"}, out);
+                                     shown, {"A", "B"}, out);
     if (!values) return 0;
     auto const a = open_checkpoint(newest_checkpoint((*values)["A"].as<std::string>()));
     auto const b = open_checkpoint(newest_checkpoint((*values)["B"].as<std::string>()));

@@ -56,9 +56,8 @@ void print_text(std::string const& path, checkpoint_file const& file, std::ostre
 }  // namespace
 
 int inspect(std::vector<std::string> const& args, std::ostream& out, std::ostream&) {
-    namespace po = boost::program_options;
-    po::options_description shown("Options");
-    shown.add_options()("json", "JSON; sizes and offsets in bytes");
+    auto shown = option_group("Options");
+    shown.add_options()("json", "JSON; sizes and offsets in bytes")("help", "this text");
     auto values = parse_command_line(args, "Usage: varve inspect FILE [options]\nShows what is in a checkpoint, of varve or of anyone else: metadata and tensors in the order of the file.\n",
                                      shown, {"FILE"}, out);
     if (!values) return 0;

@@ -13,9 +13,8 @@
 namespace varve::tool {
 
 int ls(std::vector<std::string> const& args, std::ostream& out, std::ostream& err) {
-    namespace po = boost::program_options;
-    po::options_description shown("Options");
-    shown.add_options()("newest", "only the newest (default: all, newest first)")("path", "paths alone, one a line")("json", "JSON; sizes in bytes");
+    auto shown = option_group("Options");
+    shown.add_options()("newest", "only the newest (default: all, newest first)")("path", "paths alone, one a line")("json", "JSON; sizes in bytes")("help", "this text");
     auto values = parse_command_line(args, "Usage: varve ls D [options]\nLists the checkpoints of the store D; sizes in kB, MB and GB (10^9 bytes).\n", shown, {"D"}, out);
     if (!values) return 0;
     std::filesystem::path const folder = (*values)["D"].as<std::string>();

@@ -146,13 +146,14 @@ request parse(boost::program_options::variables_map const& values) {
 
 int restore(std::vector<std::string> const& args, std::ostream& out, std::ostream& err) {
     namespace po = boost::program_options;
-    po::options_description what("What"), where("Where");
+    auto what = option_group("What"), where = option_group("Where"), help = option_group("Help");
     what.add_options()("step", po::value<std::string>()->value_name("S"), "the checkpoint of step S (default: the newest that is whole)")(
         "model-only", "the tensors whose names begin with model. (default: all)")("no-verify", "take the bytes as they are, of files without digests too (default: every byte is checked first)");
     where.add_options()("output", po::value<std::string>()->value_name("F"), "the file to write, F.safetensors or F.pt; it appears when it is whole");
-    po::options_description shown;
-    shown.add(what).add(where);
-    auto values = parse_command_line(args, "Usage: varve restore PATH --output F [options]\nWrites a checkpoint out as a file of its own; PATH is a store or a checkpoint file.\n", shown, {"PATH"}, out);
+    help.add_options()("help", "this text");
+    po::options_description shown(120);
+    shown.add(what).add(where).add(help);
+    auto values = parse_command_line(args, "Usage: varve restore PATH --output F [options]\nWrites a checkpoint out as a file of its own; PATH is a store or a checkpoint file.", shown, {"PATH"}, out);
     if (!values) return 0;
     auto const r = parse(*values);
     auto const from = find_source(r, err);

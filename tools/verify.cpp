@@ -55,10 +55,9 @@ judgement judge(std::filesystem::path const& path, bool structure_only) {
 }  // namespace
 
 int verify(std::vector<std::string> const& args, std::ostream& out, std::ostream&) {
-    namespace po = boost::program_options;
-    po::options_description shown("Options");
+    auto shown = option_group("Options");
     shown.add_options()("structure", "check header and structure alone: for files of others, which have no digests (default: every byte)")(
-        "json", "JSON");
+        "json", "JSON")("help", "this text");
     auto values = parse_command_line(args, "Usage: varve verify PATH [options]\nChecks a checkpoint by its content, or every checkpoint of a store: exit code 0 if all are whole, 1 if not.\n",
                                      shown, {"PATH"}, out);
     if (!values) return 0;
