@@ -40,21 +40,24 @@ apt_install() {
   as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "$@" < /dev/null >&2
 }
 
-# Boost 1.81 or newer: the distribution's default where that is new enough, else the packages that carry the number.
+# Boost 1.81 or newer: the distribution's default where that is new enough, or where a part of it is here already (two versions do not
+# live together, and 1.74 will do); else the packages that carry the number.
 boost_packages() {
   local default
   default=$(apt-cache policy libboost-dev 2> /dev/null | awk '/Candidate:/ { print $2 }')
-  if [ -n "$default" ] && [ "$default" != '(none)' ] && dpkg --compare-versions "$default" ge 1.81; then
+  if is_installed libboost-dev || is_installed libboost1.74-dev; then
+    echo libboost-dev libboost-program-options-dev libboost-test-dev
+  elif [ -n "$default" ] && [ "$default" != '(none)' ] && dpkg --compare-versions "$default" ge 1.81; then
     echo libboost-dev libboost-program-options-dev libboost-test-dev
   else
     echo libboost1.81-dev libboost-program-options1.81-dev libboost-test1.81-dev
   fi
 }
 
+# Already there, under whichever name: the headers and the two libraries.
 has_boost() {
-  # Already there, under whichever name.
-  printf '%s\n' '#include <boost/version.hpp>' '#if BOOST_VERSION < 107400' '#error too old' '#endif' '#include <boost/test/unit_test.hpp>' \
-    '#include <boost/program_options.hpp>' | c++ -std=c++20 -fsyntax-only -x c++ - 2> /dev/null
+  printf '%s\n' '#include <boost/version.hpp>' '#if BOOST_VERSION < 107400 || !__has_include(<boost/test/unit_test.hpp>)' '#error' '#endif' 'int main() {}' |
+    c++ -x c++ - -o /dev/null -Wl,--no-as-needed -lboost_unit_test_framework -lboost_program_options 2> /dev/null
 }
 
 # install_packages [MORE...]: the packages that the build needs, and MORE.
@@ -126,15 +129,18 @@ ensure_libtorch() {
   say 'no LibTorch: the backend torch is left out'
 }
 
-# configure FOLDER [MESON OPTIONS...]: sets it up, or again.
+# configure FOLDER [MESON OPTIONS...]: sets it up, or looks again at what the machine has. A folder that cannot be set up again (another
+# Meson made it, say) is made anew.
 configure() {
-  local folder=$1
+  local folder=$1 log
   shift
-  if [ -f "$folder/build.ninja" ]; then
-    meson setup --reconfigure "$folder" "$root" "$@" > "$folder.log" 2>&1 < /dev/null
+  log=$(mktemp) || return 1
+  if { [ -f "$folder/build.ninja" ] && meson setup --reconfigure "$folder" "$root" "$@" > "$log" 2>&1 < /dev/null; } ||
+    { rm -rf "$folder" && meson setup "$folder" "$root" "$@" > "$log" 2>&1 < /dev/null; }; then
+    rm -f "$log"
   else
-    rm -rf "$folder"
-    meson setup "$folder" "$root" "$@" > "$folder.log" 2>&1 < /dev/null
-  fi || { cat "$folder.log" >&2; rm -f "$folder.log"; return 1; }
-  mv "$folder.log" "$folder/configure.log"
+    cat "$log" >&2
+    rm -f "$log"
+    return 1
+  fi
 }
