@@ -54,7 +54,7 @@ struct destination {
 };
 
 /// How much is read at once from the page cache: it stays in a core's cache until it is hashed and handed on.
-inline constexpr std::size_t piece_bytes = 1u << 20;
+inline constexpr std::size_t piece_bytes = 256u << 10;
 
 /// What takes no bytes: for a sweep that only checks.
 struct no_consumer {

@@ -25,7 +25,7 @@ public:
 
     /// Straight into the tensor where a run of chunks lies in one; a buffer serves where tensors are short.
     destination at(std::uint64_t offset, std::size_t size) const {
-        constexpr std::size_t worthwhile_bytes = 4 * digest_chunk_bytes;
+        constexpr std::size_t worthwhile_bytes = 2 * digest_chunk_bytes;
         destination const through_a_buffer{nullptr, std::min(size, worthwhile_bytes)};
         auto it = first_behind(offset);
         if (it == tensors_.end() || it->begin > offset || !is_contiguous(*it->target)) return through_a_buffer;
