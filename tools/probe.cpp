@@ -207,7 +207,7 @@ double digest_rate() {
 
 }  // namespace
 
-nlohmann::json measure_limits(std::filesystem::path const& dir, std::uint64_t size_bytes, std::ostream* progress) {
+nlohmann::json measure_limits(std::filesystem::path const& dir, [[maybe_unused]] std::uint64_t size_bytes, std::ostream* progress) {
     auto say = [&](std::string const& line) {
         if (progress) *progress << "probe: " << line << '\n' << std::flush;
     };
