@@ -20,6 +20,7 @@
 #include "report.hpp"
 #include "settings.hpp"
 #include "signals.hpp"
+#include "trainer.hpp"
 
 namespace varve::tool {
 
@@ -76,7 +77,8 @@ public:
         }
         std::vector<std::string> order;
         for (auto const& m : methods_) order.push_back(m.result_key);
-        out_ << (plan_.title.empty() ? "" : plan_.title + "\n") << comparison_table(compared.results, order) << "result: " << path.string() << std::endl;
+        if (!plan_.title.empty()) out_ << plan_.title << '\n';
+        out_ << comparison_table(compared.results, order) << "result: " << path.string() << std::endl;
         for (auto const& fault : compared.faults) err_ << "varve bench: " << fault << '\n';
         return compared.faults.empty();
     }
@@ -98,7 +100,8 @@ private:
         if (child.exit_code != 0 || run.is_discarded()) {
             if (child.signal == 9) throw std::runtime_error(label + " was killed: out of memory, as a rule; take a smaller model or --pool-size-mb");
             if (child.signal != 0) throw std::runtime_error(label + " ended with signal " + std::to_string(child.signal));
-            throw std::runtime_error(label + " failed");  // it has said why
+            if (run.is_object() && run.contains("_error")) throw std::runtime_error(label + ": " + run["_error"].get<std::string>());
+            throw std::runtime_error(label + " failed with exit code " + std::to_string(child.exit_code));
         }
         summarise(label, run);
         m.runs.push_back(std::move(run));
@@ -106,12 +109,14 @@ private:
     }
 
     void summarise(std::string const& label, json const& run) {
-        err_ << label << ": " << short_number(run["drained_time_sec"]) << " s until drained, loop " << short_number(run["loop_time_sec"]) << " s, step "
-             << short_number(run["training_step"]["mean_ms"]) << " ms, peak " << short_number(run["memory"]["peak_cpu_gb"]) << " GB";
+        auto number = [&](char const* path) { return short_number(run.at(json::json_pointer(path)).get<double>()); };
+        err_ << label << ": " << number("/drained_time_sec") << " s until drained, loop " << number("/loop_time_sec") << " s, step "
+             << number("/training_step/mean_ms") << " ms, peak " << number("/memory/peak_cpu_gb") << " GB";
         if (run.contains("checkpoint"))
-            err_ << ", " << run["checkpoint"]["count"].get<std::uint64_t>() << " checkpoints, " << short_number(run["checkpoint"]["mean_ms"]) << " ms each";
+            err_ << ", " << run["checkpoint"]["count"].get<std::uint64_t>() << " checkpoints, " << number("/checkpoint/mean_ms") << " ms each";
         if (run.contains("restore"))
-            err_ << ", restored in " << short_number(run["restore"]["time_ms"]) << " ms, " << (run["restore"]["bit_exact"].get<bool>() ? "bit-exact" : "NOT bit-exact");
+            err_ << ", restored in " << number("/restore/time_ms") << " ms, " << (run["restore"]["bit_exact"].get<bool>() ? "" : "NOT ")
+                 << "bit-exact";
         err_ << '\n' << std::flush;
     }
 
@@ -163,7 +168,8 @@ int bench(std::vector<std::string> const& args, std::ostream& out, std::ostream&
     // What only prints needs no scenario; a wrong value still is one.
     auto const first = resolve(given, scenario == "all" ? "medium" : scenario);
     if (first.command.help) {
-        out << "Usage: varve bench [options]\nTrains the guide's transformer with each method and compares them. Settings: default < scenario < file < flag.\n"
+        out << "Usage: varve bench [options]\n"
+               "Trains the guide's transformer with each method and compares them. Settings: default < scenario < file < flag.\n"
             << settings_help(settings_command::bench);
         return 0;
     }
@@ -171,6 +177,7 @@ int bench(std::vector<std::string> const& args, std::ostream& out, std::ostream&
         out << list_methods();
         return 0;
     }
+    require_trainer();
     std::vector<std::string> notes;
     auto const plan = plan_bench(given, scenario, notes);
     for (auto const& note : notes) err << note << '\n';

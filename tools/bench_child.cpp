@@ -1,10 +1,10 @@
 #include "bench_child.hpp"
 
-#include <cmath>
 #include <fcntl.h>
+#include <unistd.h>
+#include <cmath>
 #include <iostream>
 #include <iterator>
-#include <unistd.h>
 
 #include <nlohmann/json.hpp>
 
@@ -28,8 +28,8 @@ using json = nlohmann::json;
 
 /// What the loop leaves behind.
 struct loop_record {
-    std::vector<double> step_ms;     ///< without the stall
-    std::vector<double> stall_ms;    ///< a checkpoint each, from its begin to the next one's
+    std::vector<double> step_ms;   ///< without the stall
+    std::vector<double> stall_ms;  ///< a checkpoint each, from its begin to the next one's
     std::vector<double> wait_ms, gpu_wait_ms;
     std::optional<double> first_due_sec;  ///< when the first checkpoint could begin
     double loop_sec = 0;
@@ -44,7 +44,9 @@ double ms(std::int64_t ns) { return static_cast<double>(ns) / 1e6; }
 class method_run {
 public:
     method_run(json const& job, std::ostream& err)
-        : settings_(settings_from_json(job.at("settings"))), name_(job.at("method")), store_(job.at("store").get<std::string>()),
+        : settings_(settings_from_json(job.at("settings"))),
+          name_(job.at("method")),
+          store_(job.at("store").get<std::string>()),
           progress_(err, stderr_is_terminal(), job.at("label")) {
         if (!settings_.run.events.empty()) events_.emplace(settings_.run.events, name_);
         observers_.add(recorder_);
@@ -63,7 +65,7 @@ public:
         loop_record loop = train(*trainer, method.get(), memory);
         if (method) method->drain();
         memory.stop();
-        if (loop.stopped) throw interrupted("stopped; the checkpoints are in " + store_.string());
+        if (loop.stopped) throw interrupted("");
 
         json out = measured(loop, memory);
         out["setup_time_sec"] = setup_sec;
@@ -85,20 +87,11 @@ public:
 private:
     std::unique_ptr<running_method> start(trainer& t, bool prepare) {
         if (!entry_) return nullptr;
-        method_settings m;
+        auto m = method_settings_of(settings_, observers_);
         m.dir = store_;
         m.made_by = "varve bench";
-        m.num_threads = static_cast<unsigned>(settings_.pccheck.num_threads);
-        m.max_async = settings_.pccheck.max_async;
-        m.buffer_bytes = settings_.pccheck.buffer_size_mb * 1'000'000;
-        m.batch_bytes = settings_.pccheck.batch_size_mb * 1'000'000;
-        m.pool_bytes = settings_.run.pool_size_mb * 1'000'000;
-        m.busy = busy_mode(settings_);
-        m.keep = settings_.run.keep;
-        m.keep_every = settings_.run.keep_every;
-        m.prepare = prepare ? preparation(settings_) : prepare_mode::none;
+        if (!prepare) m.prepare = prepare_mode::none;
         m.wait_for_preparation = prepare;
-        m.observers = observers_;
         return entry_->start(t.training(), m);
     }
 
@@ -183,9 +176,12 @@ private:
             auto const& s = r.stall_ms;
             double total = 0;
             for (auto v : s) total += v;
-            out["checkpoint"] = {{"mean_ms", mean(s)}, {"std_ms", sample_std(s)}, {"min_ms", percentile(s, 0)}, {"max_ms", percentile(s, 1)},
-                                 {"total_ms", total}, {"count", s.size()}};
-            out["stall"] = {{"mean_ms", mean(s)}, {"p50_ms", percentile(s, 0.5)}, {"p99_ms", percentile(s, 0.99)}, {"wait_ms", mean(r.wait_ms)},
+            out["checkpoint"] = {{"mean_ms", mean(s)},         {"std_ms", sample_std(s)}, {"min_ms", percentile(s, 0)},
+                                 {"max_ms", percentile(s, 1)}, {"total_ms", total},       {"count", s.size()}};
+            out["stall"] = {{"mean_ms", mean(s)},
+                            {"p50_ms", percentile(s, 0.5)},
+                            {"p99_ms", percentile(s, 0.99)},
+                            {"wait_ms", mean(r.wait_ms)},
                             {"gpu_wait_ms", mean(r.gpu_wait_ms)}};
             out["checkpoint_overhead_percent"] = 100 * total / 1e3 / drained_sec;
         }
@@ -198,9 +194,11 @@ private:
     /// What took effect, and the rates that follow from a checkpoint's size.
     void describe(running_method& method, json& out) {
         auto const f = method.facts();
-        out["_facts"] = {{"combination", f.combination}, {"sink", f.sink}, {"image_bytes", f.image_bytes}, {"pool_bytes", f.pool_bytes},
-                         {"block_bytes", f.block_bytes}, {"max_in_flight", f.max_in_flight}, {"writing_at_once", f.writing_at_once},
-                         {"writer_threads", f.writer_threads}, {"digest_workers", f.digest_workers}};
+        out["_facts"] = {{"combination", f.combination},         {"sink", f.sink},
+                         {"image_bytes", f.image_bytes},         {"pool_bytes", f.pool_bytes},
+                         {"block_bytes", f.block_bytes},         {"max_in_flight", f.max_in_flight},
+                         {"writing_at_once", f.writing_at_once}, {"writer_threads", f.writer_threads},
+                         {"digest_workers", f.digest_workers}};
         std::error_code none;
         auto bytes = static_cast<double>(f.image_bytes);
         if (auto const path = method.newest_path(); !path.empty())
@@ -209,7 +207,9 @@ private:
         if (latency_ms_.empty()) return;
         std::vector<double> rates;
         for (auto v : latency_ms_) rates.push_back(bytes / 1e6 / std::max(v, 1e-6));
-        out["io_performance"] = {{"data_size_gb", bytes / 1e9}, {"mean_io_throughput_gbps", mean(rates)}, {"max_io_throughput_gbps", percentile(rates, 1)},
+        out["io_performance"] = {{"data_size_gb", bytes / 1e9},
+                                 {"mean_io_throughput_gbps", mean(rates)},
+                                 {"max_io_throughput_gbps", percentile(rates, 1)},
                                  {"min_io_throughput_gbps", percentile(rates, 0)}};
     }
 
@@ -269,14 +269,31 @@ private:
 
 int bench_run(std::vector<std::string> const&, std::ostream&, std::ostream& err) {
     stop_signals signals(false);
-    auto const job = json::parse(std::string(std::istreambuf_iterator<char>(std::cin), {}));
-    auto const text = method_run(job, err).run().dump();
+    json answer;
+    int code = 0;
+    // What goes wrong is the parent's to say, in one line.
+    try {
+        auto const job = json::parse(std::string(std::istreambuf_iterator<char>(std::cin), {}));
+        answer = method_run(job, err).run();
+    } catch (interrupted const&) {
+        return 130;
+    } catch (usage_error const& e) {
+        answer["_error"] = e.what();
+        code = 2;
+    } catch (std::bad_alloc const&) {
+        answer["_error"] = "out of memory; take a smaller model or a smaller --pool-size-mb";
+        code = 1;
+    } catch (std::exception const& e) {
+        answer["_error"] = e.what();
+        code = 1;
+    }
+    auto const text = answer.dump(-1, ' ', false, json::error_handler_t::replace);
     for (std::size_t at = 0; at < text.size();) {
         auto const n = ::write(result_descriptor, text.data() + at, text.size() - at);
         if (n <= 0) throw_if(last_system_error(errno), "cannot hand the result on");
         at += static_cast<std::size_t>(n);
     }
-    return 0;
+    return code;
 }
 
 }  // namespace varve::tool

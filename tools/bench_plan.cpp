@@ -30,12 +30,14 @@ void check_memory(settings const& s) {
 std::uint64_t files_of_a_store(settings const& s) { return s.pccheck.max_async + s.run.keep; }
 
 std::vector<planned_comparison> frequencies(given_settings const& given, std::vector<std::string>& notes, bool alone) {
-    if (alone && given.has("checkpoint-freq")) throw usage_error("--scenario frequency goes through --checkpoint-freq 5, 10, 20 and 50 itself; leave the option out");
+    if (alone && given.has("checkpoint-freq"))
+        throw usage_error("--scenario frequency goes through --checkpoint-freq 5, 10, 20 and 50 itself; leave the option out");
     std::vector<planned_comparison> plan;
     for (std::uint64_t freq : {5, 10, 20, 50}) {
         auto s = resolve(given, "frequency");
         if (freq > s.training.num_steps) {
-            notes.push_back("every " + std::to_string(freq) + " steps is left out: no checkpoint would be due in " + std::to_string(s.training.num_steps));
+            notes.push_back("every " + std::to_string(freq) + " steps is left out: no checkpoint would be due in " +
+                            std::to_string(s.training.num_steps));
             continue;
         }
         s.training.checkpoint_freq = freq;
@@ -78,8 +80,8 @@ std::string describe_plan(std::vector<planned_comparison> const& plan) {
         out << "  one checkpoint   about " << gb(bytes) << '\n'
             << "  files            " << files << " at most (" << s.pccheck.max_async << " in flight, " << s.run.keep << " kept"
             << (s.run.keep_every ? ", more kept for ever" : "") << ")\n"
-            << "  disk             up to " << gb(bytes * double(files)) << " for one method at a time" << (s.run.keep_checkpoints ? " (each stays)" : "") << ", "
-            << gb(double(free_disk_bytes(s.checkpoint_dir()))) << " free\n"
+            << "  disk             up to " << gb(bytes * double(files)) << " for one method at a time"
+            << (s.run.keep_checkpoints ? " (each stays)" : "") << ", " << gb(double(free_disk_bytes(s.checkpoint_dir()))) << " free\n"
             << "  staging pool     " << gb(capped) << (capped < pool ? " (a quarter of the usable memory)" : "") << '\n'
             << "  plan             " << s.run.repeat << (s.run.repeat == 1 ? " run" : " runs") << " of none";
         for (auto const& m : s.run.methods)

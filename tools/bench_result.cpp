@@ -1,11 +1,11 @@
 #include "bench_result.hpp"
 
+#include <fcntl.h>
+#include <unistd.h>
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <ctime>
-#include <fcntl.h>
-#include <unistd.h>
 
 #include "varve/error.hpp"
 #include "varve/system.hpp"
@@ -96,10 +96,11 @@ std::string comparison_table(json const& results, std::vector<std::string> const
         char const* title;
         char const* path;
     };
-    constexpr column columns[] = {{"drained s", "/drained_time_sec"},     {"loop s", "/loop_time_sec"},       {"vs none %", "/overhead_vs_none_percent"},
-                                  {"samples/s", "/throughput/samples_per_sec"}, {"save ms", "/checkpoint/mean_ms"}, {"latency ms", "/latency/mean_ms"},
-                                  {"peak GB", "/memory/peak_cpu_gb"},      {"restore ms", "/restore/time_ms"}, {"over floor", "/over_floor"},
-                                  {"bit-exact", "/restore/bit_exact"}};
+    constexpr column columns[] = {
+        {"drained s", "/drained_time_sec"},           {"loop s", "/loop_time_sec"},       {"vs none %", "/overhead_vs_none_percent"},
+        {"samples/s", "/throughput/samples_per_sec"}, {"save ms", "/checkpoint/mean_ms"}, {"latency ms", "/latency/mean_ms"},
+        {"peak GB", "/memory/peak_cpu_gb"},           {"restore ms", "/restore/time_ms"}, {"over floor", "/over_floor"},
+        {"bit-exact", "/restore/bit_exact"}};
     std::vector<std::vector<std::string>> rows(1, {"method"});
     for (auto const& c : columns) rows[0].push_back(c.title);
     for (auto const& key : order) {

@@ -1,8 +1,8 @@
 #include "bench_store.hpp"
 
-#include <cerrno>
 #include <fcntl.h>
 #include <unistd.h>
+#include <cerrno>
 
 #include "varve/error.hpp"
 #include "varve/store.hpp"
@@ -29,7 +29,8 @@ void make_writable_folder(std::filesystem::path const& dir, char const* what) {
     std::error_code code;
     std::filesystem::create_directories(dir, code);
     auto refuse = [&](std::error_code why) {
-        throw error(why, "cannot write to the " + std::string(what) + " '" + dir.string() + "': " + why.message() + "; check its permissions or give another");
+        throw error(why, "cannot write to the " + std::string(what) + " '" + dir.string() + "': " + why.message() +
+                             "; check its permissions or give another");
     };
     if (code) refuse(code);
     if (::access(dir.c_str(), W_OK | X_OK) != 0) refuse(last_system_error(errno));
@@ -39,7 +40,8 @@ void prepare_bench_store(std::filesystem::path const& dir) {
     make_writable_folder(dir, "checkpoint folder");
     if (std::filesystem::is_empty(dir)) return;
     if (!is_ours(dir))
-        throw error(errc::not_a_store, "'" + dir.string() + "' holds files that varve bench did not write; empty it or give another --checkpoint-dir");
+        throw error(errc::not_a_store,
+                    "'" + dir.string() + "' holds files that varve bench did not write; empty it or give another --checkpoint-dir");
     remove_bench_store(dir);
     make_writable_folder(dir, "checkpoint folder");
 }

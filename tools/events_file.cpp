@@ -1,9 +1,9 @@
 #include "events_file.hpp"
 
+#include <fcntl.h>
 #include <cerrno>
 #include <cinttypes>
 #include <cstdio>
-#include <fcntl.h>
 
 #include <nlohmann/json.hpp>
 
@@ -23,7 +23,8 @@ events_file::events_file(std::filesystem::path const& path, std::string method)
 }
 
 void events_file::append(std::string_view line) noexcept {
-    if (::write(file_.get(), line.data(), line.size()) != static_cast<ssize_t>(line.size())) failed_.store(errno ? errno : EIO, std::memory_order_relaxed);
+    if (::write(file_.get(), line.data(), line.size()) != static_cast<ssize_t>(line.size()))
+        failed_.store(errno ? errno : EIO, std::memory_order_relaxed);
 }
 
 void events_file::on(event const& e) noexcept {
@@ -46,8 +47,8 @@ void events_file::step(std::uint64_t step, float loss) noexcept {
     auto const now = std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::system_clock::now().time_since_epoch()).count();
     char line[512];
     // Nine digits give a float back to the bit; a loss that is no number has no JSON form and stays out.
-    auto used = std::snprintf(line, sizeof line, "{\"event\": \"step\", \"method\": %.200s, \"step\": %" PRIu64 ", \"time_ns\": %" PRId64, method_.c_str(), step,
-                              static_cast<std::int64_t>(now));
+    auto used = std::snprintf(line, sizeof line, "{\"event\": \"step\", \"method\": %.200s, \"step\": %" PRIu64 ", \"time_ns\": %" PRId64,
+                              method_.c_str(), step, static_cast<std::int64_t>(now));
     if (loss - loss == 0) used += std::snprintf(line + used, sizeof line - used, ", \"loss\": %.9g", static_cast<double>(loss));
     used += std::snprintf(line + used, sizeof line - used, "}\n");
     append({line, static_cast<std::size_t>(used)});

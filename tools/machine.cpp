@@ -1,13 +1,13 @@
 #include "machine.hpp"
 
-#include <algorithm>
-#include <fstream>
 #include <sched.h>
-#include <sstream>
-#include <string>
 #include <sys/statvfs.h>
 #include <sys/utsname.h>
 #include <unistd.h>
+#include <algorithm>
+#include <fstream>
+#include <sstream>
+#include <string>
 
 namespace varve::tool {
 
@@ -69,7 +69,7 @@ std::uint64_t usable_memory_bytes() {
 }
 
 std::uint64_t free_disk_bytes(std::filesystem::path const& dir) {
-    struct statvfs info {};
+    struct statvfs info{};
     if (statvfs(nearest_existing(dir).c_str(), &info) != 0) return 0;
     return static_cast<std::uint64_t>(info.f_bavail) * info.f_frsize;
 }

@@ -37,7 +37,8 @@ constexpr command commands[] = {
 };
 
 void help(std::ostream& out) {
-    out << "Usage: varve COMMAND [options]\n\nSaves the state of a training run often, without slowing it down, and compares ways to do so.\n\nCommands:\n";
+    out << "Usage: varve COMMAND [options]\n\nSaves the state of a training run often, without slowing it down, and compares ways to do "
+           "so.\n\nCommands:\n";
     for (auto const& c : commands)
         if (c.summary) out << "  " << c.name << std::string(10 - std::string(c.name).size(), ' ') << c.summary << '\n';
     out << "\nvarve COMMAND --help tells more. varve --version says what is built in.\n";
@@ -52,8 +53,8 @@ void version(std::ostream& out) {
     add(VARVE_TOOL_WITH_URING, "io_uring");
     add(VARVE_TOOL_WITH_TORCH, "torch");
     auto or_none = [](std::string text) { return text.empty() ? std::string("none") : text; };
-    out << "varve " VARVE_VERSION "\ncommit: " << commit << "\nbackends: " << or_none(backends) << "\nLibTorch: " << or_none(VARVE_TOOL_LIBTORCH_VERSION)
-        << "\nCUDA: " << or_none(VARVE_TOOL_LIBTORCH_CUDA) << '\n';
+    out << "varve " VARVE_VERSION "\ncommit: " << commit << "\nbackends: " << or_none(backends)
+        << "\nLibTorch: " << or_none(VARVE_TOOL_LIBTORCH_VERSION) << "\nCUDA: " << or_none(VARVE_TOOL_LIBTORCH_CUDA) << '\n';
 }
 
 int dispatch(std::vector<std::string> const& args) {

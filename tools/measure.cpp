@@ -1,12 +1,12 @@
 #include "measure.hpp"
 
+#include <unistd.h>
 #include <algorithm>
 #include <cmath>
 #include <condition_variable>
 #include <filesystem>
 #include <fstream>
 #include <numeric>
-#include <unistd.h>
 
 #include "machine.hpp"
 

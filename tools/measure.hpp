@@ -58,7 +58,7 @@ public:
     ~memory_sampler() { stop(); }
     void stop();
 
-    double peak_gb() const { return peak_; }   ///< after stop()
+    double peak_gb() const { return peak_; }  ///< after stop()
     double mean_gb() const { return count_ ? sum_ / static_cast<double>(count_) : 0; }
     double now_gb() const { return now_.load(std::memory_order_relaxed); }
 

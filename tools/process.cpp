@@ -1,14 +1,14 @@
 #include "process.hpp"
 
-#include <array>
-#include <cerrno>
-#include <csignal>
 #include <fcntl.h>
 #include <poll.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
+#include <array>
+#include <cerrno>
+#include <csignal>
 
 #include "varve/error.hpp"
 #include "varve/system.hpp"
@@ -77,7 +77,8 @@ child_result run_self(std::vector<std::string> const& args, std::string const& i
         result.output.append(buffer.data(), static_cast<std::size_t>(n));
     }
     int status = 0;
-    while (::waitpid(child, &status, 0) < 0 && errno == EINTR) {}
+    while (::waitpid(child, &status, 0) < 0 && errno == EINTR) {
+    }
     result.signal = WIFSIGNALED(status) ? WTERMSIG(status) : 0;
     result.exit_code = result.signal != 0 ? 128 + result.signal : WEXITSTATUS(status);
     return result;

@@ -8,7 +8,7 @@ namespace varve::tool {
 /// How a child process ended and what it wrote to its result pipe.
 struct child_result {
     std::string output;
-    int exit_code = 0;   ///< 128 + signal number if a signal ended it
+    int exit_code = 0;  ///< 128 + signal number if a signal ended it
     int signal = 0;
 };
 

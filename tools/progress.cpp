@@ -1,9 +1,9 @@
 #include "progress.hpp"
 
+#include <unistd.h>
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <unistd.h>
 
 namespace varve::tool {
 

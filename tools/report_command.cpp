@@ -13,7 +13,8 @@ int report(std::vector<std::string> const& args, std::ostream& out, std::ostream
     namespace po = boost::program_options;
     report_options options;
     std::string input, output;
-    po::options_description known("Usage: varve report --input-dir D --output-file F\nReads every result in D and writes a report in Markdown, its charts beside it");
+    po::options_description known(
+        "Usage: varve report --input-dir D --output-file F\nReads every result in D and writes a report in Markdown, its charts beside it");
     known.add_options()("input-dir", po::value(&input)->value_name("D")->default_value("./results"), "folder with results of varve bench")(
         "output-file", po::value(&output)->value_name("F"), "the report (default D/report.md)")("help", "this text");
     po::variables_map values;

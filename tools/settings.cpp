@@ -4,8 +4,8 @@
 #include <set>
 #include <sstream>
 
-#include <boost/program_options.hpp>
 #include <yaml-cpp/yaml.h>
+#include <boost/program_options.hpp>
 
 #include "errors.hpp"
 #include "settings_options.hpp"
@@ -182,7 +182,8 @@ settings resolve(given_settings const& given, std::string const& scenario) {
 
 void check_settings(settings const& s, settings_command command) {
     if (s.pccheck.use_monitor) throw usage_error("--use-monitor: the monitor is not built yet; leave it out");
-    if (s.run.update != "plain") throw usage_error("--update " + s.run.update + ": this build updates with plain only; the other kernels come with CUDA");
+    if (s.run.update != "plain")
+        throw usage_error("--update " + s.run.update + ": this build updates with plain only; the other kernels come with CUDA");
     if (s.run.gpu_snapshot == "on") throw usage_error("--gpu-snapshot on: this build has no CUDA; leave it at auto or off");
     if (s.run.device == "cuda") throw usage_error("--device cuda: this build has no CUDA; take --device cpu");
     if (s.model.d_model % s.model.nhead != 0)

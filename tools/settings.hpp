@@ -90,7 +90,7 @@ enum class settings_command { bench, train };
 /// What the command line and the configuration file said, before a scenario is laid under it.
 struct given_settings {
     settings_command command = settings_command::bench;
-    std::vector<std::pair<std::string, std::string>> file;   ///< option name -> value
+    std::vector<std::pair<std::string, std::string>> file;  ///< option name -> value
     std::vector<std::pair<std::string, std::string>> flags;
     std::string file_path;
 

@@ -19,7 +19,7 @@ struct option_spec {
     std::string help;     ///< with the unit and the usual range
     bool bench = true;
     bool train = true;
-    bool many = false;    ///< takes several values
+    bool many = false;                                         ///< takes several values
     std::function<void(settings&, std::string const&)> set{};  ///< throws usage_error that says what is wrong with the value
     std::function<nlohmann::json(settings const&)> get{};
 

@@ -13,7 +13,7 @@ static_assert(std::atomic<int>::is_always_lock_free);
 extern "C" void count_signal(int) { signal_count.fetch_add(1, std::memory_order_relaxed); }
 
 void install(void (*handler)(int), int flags) {
-    struct sigaction action {};
+    struct sigaction action{};
     action.sa_handler = handler;
     action.sa_flags = flags;
     sigemptyset(&action.sa_mask);

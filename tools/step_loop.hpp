@@ -10,6 +10,23 @@
 
 namespace varve::tool {
 
+/// What the settings say to a method.
+inline method_settings method_settings_of(settings const& s, observer_list const& observers) {
+    constexpr std::uint64_t mb = 1'000'000;
+    method_settings m;
+    m.num_threads = static_cast<unsigned>(s.pccheck.num_threads);
+    m.max_async = s.pccheck.max_async;
+    m.buffer_bytes = s.pccheck.buffer_size_mb * mb;
+    m.batch_bytes = s.pccheck.batch_size_mb * mb;
+    m.pool_bytes = s.run.pool_size_mb * mb;
+    m.busy = busy_mode(s);
+    m.keep = s.run.keep;
+    m.keep_every = s.run.keep_every;
+    m.prepare = preparation(s);
+    m.observers = observers;
+    return m;
+}
+
 /// The update of a step whose gradients stand, with a save where `due`: the one loop of DESIGN section 3. `method` may be null.
 /// Returns the save's ticket.
 inline std::optional<ticket> update_and_save(trainer& t, running_method* method, std::uint64_t step, bool due, float loss) {

@@ -52,29 +52,20 @@ public:
         auto const outcome = last_save_->durable().wait();
         if (outcome) throw error(outcome, "the last save, of step " + std::to_string(last_save_->step()) + ", failed: " + outcome.message());
         auto const path = method->newest_path().string();
-        if (stopped_at) throw interrupted("stopped after step " + std::to_string(*stopped_at) + " of " + std::to_string(last) + ", saved in " + path +
-                                          "; the same command goes on from there");
+        if (stopped_at)
+            throw interrupted("stopped after step " + std::to_string(*stopped_at) + " of " + std::to_string(last) + ", saved in " + path +
+                              "; the same command goes on from there");
         out_ << "trained to step " << last << ", saved in " << path << std::endl;
         return 0;
     }
 
 private:
     std::unique_ptr<running_method> start(trainer& t) {
-        method_settings m;
+        auto m = method_settings_of(settings_, observers_);
         m.dir = settings_.command.dir;
         m.made_by = "varve train";
-        m.num_threads = static_cast<unsigned>(settings_.pccheck.num_threads);
-        m.max_async = settings_.pccheck.max_async;
-        m.buffer_bytes = settings_.pccheck.buffer_size_mb * 1'000'000;
-        m.batch_bytes = settings_.pccheck.batch_size_mb * 1'000'000;
-        m.pool_bytes = settings_.run.pool_size_mb * 1'000'000;
-        m.busy = busy_mode(settings_);
-        m.keep = settings_.run.keep;
-        m.keep_every = settings_.run.keep_every;
-        m.prepare = preparation(settings_);
         m.fresh = settings_.command.fresh;
         m.overwrite = settings_.command.overwrite;
-        m.observers = observers_;
         return entry_.start(t.training(), m);
     }
 
@@ -107,8 +98,9 @@ private:
             if (events_) events_->step(step, loss);
             if (saved) {
                 last_save_ = saved;
+                auto const save_ms = static_cast<double>(method.stalls().total_ns - before) / 1e6;
                 progress_.line("step " + std::to_string(step) + ": loss " + short_number(static_cast<double>(loss), 6) + ", save " +
-                               (saved->taken() ? short_number(static_cast<double>(method.stalls().total_ns - before) / 1e6) + " ms" : "skipped") + ", step " +
+                               (saved->taken() ? short_number(save_ms) + " ms" : "skipped") + ", step " +
                                short_number(seconds(clock::now() - step_start) * 1e3) + " ms");
             }
             report_failures();
@@ -138,11 +130,13 @@ private:
 int train(std::vector<std::string> const& args, std::ostream& out, std::ostream& err) {
     auto const s = resolve(read_settings(settings_command::train, args), {});
     if (s.command.help) {
-        out << "Usage: varve train --method M --dir D [options]\nTrains the guide's transformer and saves it in the store D; killed at any moment and started again, it goes on\n"
+        out << "Usage: varve train --method M --dir D [options]\n"
+               "Trains the guide's transformer and saves it in the store D; killed at any moment and started again, it goes on\n"
                "from the newest whole checkpoint. Settings: default < file < flag.\n"
             << settings_help(settings_command::train);
         return 0;
     }
+    require_trainer();
     check_settings(s, settings_command::train);
     stop_signals signals(true);
     return training_run(s, out, err).run();

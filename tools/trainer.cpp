@@ -25,8 +25,8 @@ struct transformer : ::torch::nn::Module {
         token_embedding = register_module("token_embedding", ::torch::nn::Embedding(vocabulary, d));
         position_embedding = register_module("position_embedding", ::torch::nn::Embedding(max_positions, d));
         ::torch::nn::TransformerEncoderLayer layer(::torch::nn::TransformerEncoderLayerOptions(d, static_cast<std::int64_t>(s.model.nhead))
-                                                     .dim_feedforward(static_cast<std::int64_t>(s.model.dim_feedforward))
-                                                     .dropout(s.run.dropout));
+                                                       .dim_feedforward(static_cast<std::int64_t>(s.model.dim_feedforward))
+                                                       .dropout(s.run.dropout));
         encoder = register_module("encoder", ::torch::nn::TransformerEncoder(layer, static_cast<std::int64_t>(s.model.num_layers)));
         head = register_module("head", ::torch::nn::Linear(d, vocabulary));
     }
@@ -113,7 +113,7 @@ public:
             if (there == here) return;
             auto shown = [](auto v) { return nlohmann::json(v).dump(); };
             throw error(errc::mismatch, "the checkpoint was trained with --" + option + " " + shown(there) + ", not " + shown(here) +
-                                          ": give the same, or start over with --fresh --overwrite");
+                                            ": give the same, or start over with --fresh --overwrite");
         };
         differs("seed", seed_, static_cast<std::int64_t>(settings_.run.seed));
         differs("num-samples", num_samples_, static_cast<std::int64_t>(settings_.training.num_samples));
@@ -125,7 +125,7 @@ public:
         auto const done = step * settings_.training.batch_size, samples = settings_.training.num_samples;
         if (epoch_ != static_cast<std::int64_t>(done / samples) || position_ != static_cast<std::int64_t>(done % samples))
             throw error(errc::mismatch, "the checkpoint of step " + std::to_string(step) + " says epoch " + std::to_string(epoch_) + ", sample " +
-                                          std::to_string(position_) + ", which is not where that step ends: it is not one of varve train's");
+                                            std::to_string(position_) + ", which is not where that step ends: it is not one of varve train's");
     }
 
 private:
@@ -159,11 +159,14 @@ private:
 
 }  // namespace
 
+void require_trainer() {}
+
 std::unique_ptr<trainer> make_trainer(settings const& s) {
     try {
         return std::make_unique<torch_trainer>(s);
     } catch (c10::Error const& e) {
-        throw error(std::make_error_code(std::errc::not_enough_memory), std::string("LibTorch cannot build the model: ") + e.what_without_backtrace());
+        throw error(std::make_error_code(std::errc::not_enough_memory),
+                    std::string("LibTorch cannot build the model: ") + e.what_without_backtrace());
     }
 }
 

@@ -39,7 +39,10 @@ public:
     virtual void expect_same_run(std::uint64_t step) const = 0;
 };
 
-/// Throws varve::error where LibTorch is not built in or the model does not fit into memory.
+/// Throws usage_error, which says what is missing, in a build without LibTorch.
+void require_trainer();
+
+/// Throws varve::error where the model does not fit into memory.
 std::unique_ptr<trainer> make_trainer(settings const& s);
 
 /// What a result says about the library that computes.

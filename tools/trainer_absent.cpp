@@ -5,8 +5,11 @@
 
 namespace varve::tool {
 
+void require_trainer() { throw usage_error("this varve was built without LibTorch; tools/quickstart installs it and builds again"); }
+
 std::unique_ptr<trainer> make_trainer(settings const&) {
-    throw usage_error("this varve was built without LibTorch; tools/quickstart installs it and builds again");
+    require_trainer();
+    return nullptr;
 }
 
 trainer_facts facts_of_trainer() { return {}; }

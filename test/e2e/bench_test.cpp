@@ -23,9 +23,10 @@ fs::path result_in(fs::path const& dir) {
 /// One comparison of everything that runs here, which several cases look at.
 struct comparison {
     comparison() {
-        run = run_tool(joined({"bench", "--output-dir", folder / "results", "--events", folder / "events", "--repeat", "2", "--methods", "traditional",
-                               "traditional-durable", "original", "layerwise", "host+sync+posix", "host+layerwise+memory", "host+async+null"},
-                              tiny_model({"--num-steps", "12", "--checkpoint-freq", "5", "--warmup", "1", "--keep", "1"})));
+        run =
+            run_tool(joined({"bench", "--output-dir", folder / "results", "--events", folder / "events", "--repeat", "2", "--methods", "traditional",
+                             "traditional-durable", "original", "layerwise", "host+sync+posix", "host+layerwise+memory", "host+async+null"},
+                            tiny_model({"--num-steps", "12", "--checkpoint-freq", "5", "--warmup", "1", "--keep", "1"})));
         if (run.code == 0) document = read_json(result_in(folder / "results"));
     }
     temporary_folder folder;
@@ -77,19 +78,49 @@ BOOST_AUTO_TEST_CASE(the_result_has_every_key_and_no_null) {
     BOOST_TEST_REQUIRE(c.run.code == 0, c.run.err);
     auto const& d = c.document;
     BOOST_TEST(!holds_null(d));
-    for (char const* key : {"/machine/cores", "/config/model/d_model", "/config/training/checkpoint_freq", "/config/pccheck/max_async", "/config/run/seed",
-                            "/config/effective/Original PCCheck/combination", "/config/command", "/limits/direct/write_gb_per_s", "/started", "/version"})
+    for (char const* key :
+         {"/machine/cores", "/config/model/d_model", "/config/training/checkpoint_freq", "/config/pccheck/max_async", "/config/run/seed",
+          "/config/effective/Original PCCheck/combination", "/config/command", "/limits/direct/write_gb_per_s", "/started", "/version"})
         BOOST_TEST(d.contains(json::json_pointer(key)), key);
     for (auto const& key : with_files) {
         auto check = [&](json const& r) {
-            for (char const* path :
-                 {"/checkpoint/mean_ms", "/checkpoint/std_ms", "/checkpoint/min_ms", "/checkpoint/max_ms", "/checkpoint/total_ms", "/stall/mean_ms", "/stall/p50_ms",
-                  "/stall/p99_ms", "/stall/wait_ms", "/stall/gpu_wait_ms", "/latency/mean_ms", "/latency/p50_ms", "/latency/p99_ms", "/training_step/mean_ms",
-                  "/training_step/std_ms", "/memory/peak_cpu_gb", "/memory/mean_cpu_gb", "/memory/peak_gpu_gb", "/throughput/samples_per_sec",
-                  "/throughput/total_samples", "/io_performance/data_size_gb", "/io_performance/mean_io_throughput_gbps",
-                  "/io_performance/max_io_throughput_gbps", "/io_performance/min_io_throughput_gbps", "/loop_time_sec", "/drained_time_sec", "/total_time_sec",
-                  "/setup_time_sec", "/checkpoint_overhead_percent", "/overhead_vs_none_percent", "/floor_sec", "/over_floor", "/final_loss", "/restore/time_ms",
-                  "/restore/gbps", "/restore/warm_gbps", "/restore/bit_exact"})
+            for (char const* path : {"/checkpoint/mean_ms",
+                                     "/checkpoint/std_ms",
+                                     "/checkpoint/min_ms",
+                                     "/checkpoint/max_ms",
+                                     "/checkpoint/total_ms",
+                                     "/stall/mean_ms",
+                                     "/stall/p50_ms",
+                                     "/stall/p99_ms",
+                                     "/stall/wait_ms",
+                                     "/stall/gpu_wait_ms",
+                                     "/latency/mean_ms",
+                                     "/latency/p50_ms",
+                                     "/latency/p99_ms",
+                                     "/training_step/mean_ms",
+                                     "/training_step/std_ms",
+                                     "/memory/peak_cpu_gb",
+                                     "/memory/mean_cpu_gb",
+                                     "/memory/peak_gpu_gb",
+                                     "/throughput/samples_per_sec",
+                                     "/throughput/total_samples",
+                                     "/io_performance/data_size_gb",
+                                     "/io_performance/mean_io_throughput_gbps",
+                                     "/io_performance/max_io_throughput_gbps",
+                                     "/io_performance/min_io_throughput_gbps",
+                                     "/loop_time_sec",
+                                     "/drained_time_sec",
+                                     "/total_time_sec",
+                                     "/setup_time_sec",
+                                     "/checkpoint_overhead_percent",
+                                     "/overhead_vs_none_percent",
+                                     "/floor_sec",
+                                     "/over_floor",
+                                     "/final_loss",
+                                     "/restore/time_ms",
+                                     "/restore/gbps",
+                                     "/restore/warm_gbps",
+                                     "/restore/bit_exact"})
                 BOOST_TEST(r.contains(json::json_pointer(path)), key << path);
             BOOST_TEST(r.at("/checkpoint/count"_json_pointer) == 2);
             BOOST_TEST(r.at("written") == 2);
@@ -104,7 +135,8 @@ BOOST_AUTO_TEST_CASE(the_result_has_every_key_and_no_null) {
         for (auto const& repeat : result["repeats"]) check(repeat);
     }
     auto const& none = d["results"].at("No Checkpoint");
-    for (char const* absent : {"checkpoint", "stall", "latency", "restore", "io_performance", "overhead_vs_none_percent"}) BOOST_TEST(!none.contains(absent), absent);
+    for (char const* absent : {"checkpoint", "stall", "latency", "restore", "io_performance", "overhead_vs_none_percent"})
+        BOOST_TEST(!none.contains(absent), absent);
     BOOST_TEST(!d["results"].at("host+async+null").contains("restore"));
 }
 
@@ -139,8 +171,8 @@ BOOST_AUTO_TEST_CASE(kept_checkpoints_stay_and_the_next_bench_empties_them) {
 
 BOOST_AUTO_TEST_CASE(a_sweep_of_frequencies_writes_a_result_for_each) {
     temporary_folder folder;
-    auto const r = run_tool(joined({"bench", "--scenario", "frequency", "--output-dir", folder.path().string()},
-                                   tiny_model({"--num-steps", "10", "--warmup", "0"})));
+    auto const r = run_tool(
+        joined({"bench", "--scenario", "frequency", "--output-dir", folder.path().string()}, tiny_model({"--num-steps", "10", "--warmup", "0"})));
     BOOST_TEST_REQUIRE(r.code == 0, r.err);
     BOOST_TEST(r.err.find("every 20 steps is left out") != std::string::npos);
     std::vector<int> frequencies;

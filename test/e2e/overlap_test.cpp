@@ -11,8 +11,9 @@ namespace {
 
 // 126 MB of state on a step of a few milliseconds: many blocks, few computations.
 std::vector<std::string> large_state(std::string const& command, std::vector<std::string> const& more) {
-    return joined({command, "--d-model", "256", "--num-layers", "2", "--nhead", "4", "--vocab-size", "20000", "--dim-feedforward", "256", "--num-samples", "10",
-                   "--seq-len", "8", "--batch-size", "1", "--num-steps", "4", "--checkpoint-freq", "2"},
+    return joined({command, "--d-model",         "256", "--num-layers",      "2",  "--nhead",   "4", "--vocab-size",
+                   "20000", "--dim-feedforward", "256", "--num-samples",     "10", "--seq-len", "8", "--batch-size",
+                   "1",     "--num-steps",       "4",   "--checkpoint-freq", "2"},
                   more);
 }
 
@@ -48,7 +49,7 @@ BOOST_AUTO_TEST_CASE(layerwise_writes_before_the_last_layer_is_updated) {
 BOOST_AUTO_TEST_CASE(it_overlaps_with_a_pool_smaller_than_the_image_and_stays_inside_it) {
     temporary_folder folder;
     auto const r = run_tool(large_state("bench", {"--methods", "layerwise", "--output-dir", folder.path().string(), "--events", folder / "events",
-                                         "--pool-size-mb", "40", "--warmup", "1"}));
+                                                  "--pool-size-mb", "40", "--warmup", "1"}));
     BOOST_TEST_REQUIRE(r.code == 0, r.err);
     writes_before_the_last_update(folder / "events", "layerwise");
     for (auto const& entry : std::filesystem::directory_iterator(folder.path())) {

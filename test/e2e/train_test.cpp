@@ -11,7 +11,8 @@ namespace {
 
 std::vector<std::string> const methods{"traditional", "original", "layerwise"};
 
-std::vector<std::string> train_args(std::string const& method, std::string const& dir, std::string const& steps, std::vector<std::string> const& more = {}) {
+std::vector<std::string> train_args(std::string const& method, std::string const& dir, std::string const& steps,
+                                    std::vector<std::string> const& more = {}) {
     return joined(joined({"train", "--method", method, "--dir", dir, "--num-steps", steps}, tiny_model({"--checkpoint-freq", "4"})), more);
 }
 
@@ -95,7 +96,9 @@ BOOST_AUTO_TEST_CASE(a_stopped_run_saves_its_step_and_goes_on_from_it) {
         auto const dir = folder / "run";
         running_tool run(joined({"train", "--method", "layerwise", "--dir", dir, "--events", folder / "events", "--num-steps", "100000"},
                                 tiny_model({"--checkpoint-freq", "100000"})));
-        while (!run.ends_within(std::chrono::milliseconds(50)) && (!std::filesystem::exists(folder / "events") || read_events(folder / "events").size() < 2)) {}
+        while (!run.ends_within(std::chrono::milliseconds(50)) &&
+               (!std::filesystem::exists(folder / "events") || read_events(folder / "events").size() < 2)) {
+        }
         run.signal(signal);
         BOOST_TEST_REQUIRE(run.ends_within(std::chrono::seconds(60)));
         auto const stopped = run.wait();

@@ -107,8 +107,13 @@ BOOST_AUTO_TEST_CASE(a_dry_run_of_everything_does_nothing) {
 }
 
 BOOST_AUTO_TEST_CASE(help_and_list_are_there) {
-    for (std::vector<std::string> const& args :
-         {std::vector<std::string>{"--help"}, {"--version"}, {"bench", "--help"}, {"bench", "-h"}, {"train", "--help"}, {"report", "--help"}, {"bench", "--list"}}) {
+    for (std::vector<std::string> const& args : {std::vector<std::string>{"--help"},
+                                                 {"--version"},
+                                                 {"bench", "--help"},
+                                                 {"bench", "-h"},
+                                                 {"train", "--help"},
+                                                 {"report", "--help"},
+                                                 {"bench", "--list"}}) {
         auto const r = run_tool(args);
         BOOST_TEST(r.code == 0);
         BOOST_TEST(line_count(r.out) > 3u);
@@ -116,11 +121,19 @@ BOOST_AUTO_TEST_CASE(help_and_list_are_there) {
     }
 }
 
+BOOST_AUTO_TEST_CASE(what_goes_wrong_in_a_method_s_own_process_is_one_line_too) {
+    temporary_folder folder;
+    refused(joined({"bench", "--methods", "none", "--output-dir", folder / "results", "--events", folder / "no folder/events"}, tiny_model()),
+            "none: cannot write events", 1);
+    refused({"bench", "--output-dir", "/proc/results"}, "cannot write to the output folder '/proc/results'", 1);
+}
+
 BOOST_AUTO_TEST_CASE(somebody_elses_files_are_left_alone) {
     temporary_folder folder;
     std::filesystem::create_directories(folder / "checkpoints/layerwise");
     std::ofstream(folder / "checkpoints/layerwise/thesis.txt") << "text";
-    refused(joined({"bench", "--methods", "layerwise", "--output-dir", folder.path().string()}, tiny_model({"--num-steps", "10"})), "did not write", 1);
+    refused(joined({"bench", "--methods", "layerwise", "--output-dir", folder.path().string()}, tiny_model({"--num-steps", "10"})), "did not write",
+            1);
     BOOST_TEST(std::filesystem::exists(folder / "checkpoints/layerwise/thesis.txt"));
     auto const r = run_tool(joined({"train", "--method", "layerwise", "--dir", folder / "checkpoints/layerwise"}, tiny_model({"--num-steps", "10"})));
     BOOST_TEST(r.code == 1);
