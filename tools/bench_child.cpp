@@ -121,6 +121,7 @@ private:
             auto const before = stalls();
             auto const step_start = clock::now();
             r.loss = t.forward_backward(step);
+            if (events_) events_->step(step, r.loss);
             r.stopped = stop_signals::requested();
             bool const due = step % freq == 0 || (r.stopped && method);
             if (due && !r.first_due_sec) r.first_due_sec = seconds(clock::now() - r.start);
@@ -128,7 +129,6 @@ private:
             auto const after = stalls();
             r.step_ms.push_back(seconds(clock::now() - step_start) * 1e3 - ms(after.total_ns - before.total_ns));
             r.losses.add(std::as_bytes(std::span(&r.loss, 1)));
-            if (events_) events_->step(step, r.loss);
             if (saved && saved->taken()) {
                 // From the begin of one checkpoint to the next one's; what a skipped save took belongs to the one before it.
                 close_checkpoint(before);

@@ -90,12 +90,13 @@ private:
         for (auto step = first; step <= last; ++step) {
             auto const step_start = clock::now();
             auto const loss = t.forward_backward(step);
+            // Before the save: a step that a restart goes on from has its loss in the file, whenever this process is killed.
+            if (events_) events_->step(step, loss);
             bool const stop = stop_signals::requested(), final = stop || step == last;
             // The save that ends the run may be neither skipped nor replaced.
             if (final && busy_mode(settings_) != when_busy::block) method.drain();
             auto const before = method.stalls().total_ns;
             auto const saved = update_and_save(t, &method, step, final || step % settings_.training.checkpoint_freq == 0, loss);
-            if (events_) events_->step(step, loss);
             if (saved) {
                 last_save_ = saved;
                 auto const save_ms = static_cast<double>(method.stalls().total_ns - before) / 1e6;
