@@ -64,7 +64,7 @@ public:
         for (auto const& [key, value] : methods_.front().runs.front().at("_torch").items()) document["machine"][key] = value;
         document["config"] = to_json(settings_);
         document["config"]["run"]["checkpoint_dir"] = checkpoints.string();
-        document["config"]["run"]["device"] = "cpu";  // what auto came to
+        document["config"]["run"]["device"] = chosen_device(settings_);  // what auto came to
         document["config"]["effective"] = compared.effective;
         document["config"]["command"] = command_;
         if (!limits_.is_null()) document["limits"] = limits_;

@@ -67,7 +67,7 @@ public:
         memory.stop();
         if (loop.stopped) throw interrupted("");
 
-        json out = measured(loop, memory);
+        json out = measured(loop, memory, trainer->peak_device_bytes() + (method ? method->facts().device_bytes : 0));
         out["setup_time_sec"] = setup_sec;
         auto const final_bits = fingerprint(trainer->tensors());
         auto const facts = facts_of_trainer();
@@ -149,7 +149,7 @@ private:
         return r;
     }
 
-    json measured(loop_record& r, memory_sampler const& memory) {
+    json measured(loop_record& r, memory_sampler const& memory, std::uint64_t peak_device_bytes) {
         for (auto const& why : recorder_.take_failures()) progress_.line(why);
         auto drained = r.end;
         std::vector<double> latency_ms;
@@ -163,7 +163,7 @@ private:
         auto const samples = settings_.training.num_steps * settings_.training.batch_size;
         json out;
         out["training_step"] = {{"mean_ms", mean(r.step_ms)}, {"std_ms", sample_std(r.step_ms)}};
-        out["memory"] = {{"peak_cpu_gb", memory.peak_gb()}, {"mean_cpu_gb", memory.mean_gb()}, {"peak_gpu_gb", 0.0}};
+        out["memory"] = {{"peak_cpu_gb", memory.peak_gb()}, {"mean_cpu_gb", memory.mean_gb()}, {"peak_gpu_gb", static_cast<double>(peak_device_bytes) / 1e9}};
         out["throughput"] = {{"samples_per_sec", static_cast<double>(samples) / drained_sec}, {"total_samples", samples}};
         out["loop_time_sec"] = r.loop_sec;
         out["drained_time_sec"] = out["total_time_sec"] = drained_sec;
@@ -198,7 +198,7 @@ private:
                          {"image_bytes", f.image_bytes},         {"pool_bytes", f.pool_bytes},
                          {"block_bytes", f.block_bytes},         {"max_in_flight", f.max_in_flight},
                          {"writing_at_once", f.writing_at_once}, {"writer_threads", f.writer_threads},
-                         {"digest_workers", f.digest_workers}};
+                         {"digest_workers", f.digest_workers},   {"staging", f.staging}};
         std::error_code none;
         auto bytes = static_cast<double>(f.image_bytes);
         if (auto const path = method.newest_path(); !path.empty())

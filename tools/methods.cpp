@@ -4,6 +4,7 @@
 #include <array>
 #include <fstream>
 #include <thread>
+#include <type_traits>
 #include <unistd.h>
 #include <utility>
 
@@ -21,6 +22,11 @@
 #endif
 #if VARVE_TOOL_WITH_URING
 #include "varve/uring/sink.hpp"
+#endif
+#if VARVE_TOOL_WITH_CUDA
+#include "varve/cuda/pinned_staging.hpp"
+#include "varve/cuda/transfer.hpp"
+#include "varve/torch/cuda_stream.hpp"
 #endif
 #if VARVE_TOOL_WITH_TORCH
 #include "varve/torch/archive.hpp"
@@ -66,6 +72,15 @@ checkpointer_options checkpointer_options_of(method_settings const& s, std::size
     return o;
 }
 
+/// What orders a save against the training, which is in LibTorch's current stream.
+template <class Order>
+Order current_order() {
+#if VARVE_TOOL_WITH_CUDA
+    if constexpr (std::is_same_v<Order, cuda::stream_order>) return {libtorch::current_stream()};
+#endif
+    return {};
+}
+
 /// A checkpointer behind running_method.
 template <class Checkpointer>
 class strategy final : public running_method {
@@ -77,21 +92,25 @@ public:
         facts_.pool_bytes = ck_.pool_bytes();
         facts_.block_bytes = Checkpointer::streams ? 0 : ck_.block_bytes();
         facts_.max_in_flight = ck_.max_in_flight();
+        if constexpr (requires { ck_.staging().describe(); }) {
+            if (!Checkpointer::streams) facts_.staging = ck_.staging().describe();
+            facts_.device_bytes = ck_.staging().snapshot_bytes();
+        }
     }
 
     bool updates_by_layer() const override { return by_layer_; }
     ticket begin(std::uint64_t step) override { return ck_.begin(step); }
-    void before_update() override { ck_.before_update(); }
-    void before_update(std::size_t layer) override { ck_.before_update(layer); }
-    void layer_ready(std::size_t layer) override { ck_.layer_ready(layer); }
-    ticket seal(metadata_map metadata) override { return ck_.seal(std::move(metadata)); }
+    void before_update() override { ck_.before_update_all(order()); }
+    void before_update(std::size_t layer) override { ck_.before_update(layer, order()); }
+    void layer_ready(std::size_t layer) override { ck_.layer_ready(layer, order()); }
+    ticket seal(metadata_map metadata) override { return ck_.seal(std::move(metadata), order()); }
     void drain() override { ck_.drain(); }
     stall_times stalls() const override { return ck_.stalls(); }
     method_facts facts() const override { return facts_; }
 
     std::optional<restored_checkpoint> restore(std::optional<std::uint64_t> step, restore_options const& options) override {
         if constexpr (requires { ck_.restore(step, options); })
-            return ck_.restore(step, options);
+            return ck_.restore(step, options, order());
         else
             return std::nullopt;
     }
@@ -105,25 +124,37 @@ public:
     }
 
 private:
+    static auto order() { return current_order<typename Checkpointer::order_type>(); }
+
     bool by_layer_;
     method_facts facts_;
     mutable Checkpointer ck_;
 };
 
-/// Puts the parts together: the block's size follows from the sink and --buffer-size-mb, the pool's from the image.
-template <class Scheduling, class Sink>
+template <class Staging>
+Staging make_staging(std::uint64_t pool_bytes, std::uint64_t block_bytes, [[maybe_unused]] method_settings const& s) {
+    if constexpr (Staging::memory == memory_kind::pinned)
+        return Staging(pool_bytes, block_bytes, {.snapshots = s.snapshots});
+    else
+        return Staging(pool_bytes, block_bytes);
+}
+
+/// Puts the parts together: the block's size follows from the sink and --buffer-size-mb, the pool's from the image; page-locked
+/// pools are 8 blocks of 32 MB.
+template <class Staging, class Scheduling, class Sink>
 std::unique_ptr<running_method> start_with(libtorch::training_state& training, method_settings const& s, Scheduling scheduling, Sink sink,
                                            method_facts facts, std::size_t writing_at_once) {
     constexpr bool by_layer = Scheduling::copies == copy_moment::at_layer_ready;
-    std::uint64_t block_bytes = sink.limits().best_block_bytes;
+    constexpr bool pinned = Staging::memory == memory_kind::pinned;
+    std::uint64_t block_bytes = pinned ? std::uint64_t{32} << 20 : sink.limits().best_block_bytes;
     if (by_layer && s.buffer_bytes != 0)
         block_bytes = std::clamp<std::uint64_t>(s.buffer_bytes / block_unit_bytes * block_unit_bytes, block_unit_bytes, block_bytes);
     auto image_bytes = safetensors{}.lay_out(training.state()).size_bytes;
-    auto pool_bytes = s.pool_bytes != 0 ? s.pool_bytes : (image_bytes + block_bytes - 1) / block_bytes * block_bytes;
-    host_staging staging(std::min(pool_bytes, largest_pool_bytes()), block_bytes);
+    auto pool_bytes = s.pool_bytes != 0 ? s.pool_bytes : pinned ? 8 * block_bytes : (image_bytes + block_bytes - 1) / block_bytes * block_bytes;
+    auto staging = make_staging<Staging>(std::min(pool_bytes, largest_pool_bytes()), block_bytes, s);
     facts.writing_at_once = writing_at_once;
     facts.digest_workers = digest_workers(s);
-    using checkpointer_type = checkpointer<host_staging, Scheduling, Sink>;
+    using checkpointer_type = checkpointer<Staging, Scheduling, Sink>;
     auto options = checkpointer_options_of(s, writing_at_once);
     if constexpr (file_sink<Sink>) {
         auto files = store_options_of(s);
@@ -136,16 +167,29 @@ std::unique_ptr<running_method> start_with(libtorch::training_state& training, m
     }
 }
 
-template <class Sink>
-std::unique_ptr<running_method> start_scheduling(libtorch::training_state& training, method_settings const& s, std::string_view scheduling, Sink sink,
-                                                 std::string const& sink_name, bool all_write = false) {
+template <class Staging, class Sink>
+std::unique_ptr<running_method> start_staging(libtorch::training_state& training, method_settings const& s, std::string_view scheduling, Sink sink,
+                                              std::string const& sink_name, bool all_write) {
     method_facts facts;
-    facts.combination = "host+" + std::string(scheduling) + "+" + sink_name;
+    facts.combination = std::string(Staging::memory == memory_kind::pinned ? "pinned+" : "host+") + std::string(scheduling) + "+" + sink_name;
     facts.writer_threads = sink_name == "posix" ? std::max(1u, s.num_threads) : 0;
     auto n = std::max<std::size_t>(1, s.max_async);
-    if (scheduling == "sync") return start_with(training, s, sync{}, std::move(sink), std::move(facts), 1);
-    if (scheduling == "async") return start_with(training, s, async<dynamic>(n), std::move(sink), std::move(facts), all_write ? n : 1);
-    return start_with(training, s, layerwise<dynamic>(n), std::move(sink), std::move(facts), 1);
+    if (scheduling == "sync") return start_with<Staging>(training, s, sync{}, std::move(sink), std::move(facts), 1);
+    if (scheduling == "async") return start_with<Staging>(training, s, async<dynamic>(n), std::move(sink), std::move(facts), all_write ? n : 1);
+    return start_with<Staging>(training, s, layerwise<dynamic>(n), std::move(sink), std::move(facts), 1);
+}
+
+/// `staging` is host or pinned; empty for what suits the state: pinned where it lies in GPU memory.
+template <class Sink>
+std::unique_ptr<running_method> start_scheduling(libtorch::training_state& training, method_settings const& s, std::string_view staging,
+                                                 std::string_view scheduling, Sink sink, std::string const& sink_name, bool all_write = false) {
+    bool const on_gpu = training.state().in_device_memory();
+    if (staging == "host" && on_gpu) throw usage_error("host staging cannot read GPU memory; take pinned, or --device cpu");
+#if VARVE_TOOL_WITH_CUDA
+    if (staging == "pinned" || (staging.empty() && on_gpu))
+        return start_staging<cuda::pinned_staging>(training, s, scheduling, std::move(sink), sink_name, all_write);
+#endif
+    return start_staging<host_staging>(training, s, scheduling, std::move(sink), sink_name, all_write);
 }
 
 #if VARVE_TOOL_WITH_POSIX
@@ -159,6 +203,16 @@ std::unique_ptr<running_method> start_traditional(libtorch::training_state& trai
     method_facts facts;
     facts.combination = "host+sync+posix, torch archive";
     facts.writer_threads = 1;
+#if VARVE_TOOL_WITH_CUDA
+    if (training.state().in_device_memory()) {
+        facts.combination = "pinned+sync+posix, torch archive";
+        using on_gpu_type = checkpointer<cuda::pinned_staging, sync, posix::sink, libtorch::archive>;
+        return std::make_unique<strategy<on_gpu_type>>(
+            false, std::move(facts), training.state(), cuda::pinned_staging(block_unit_bytes, block_unit_bytes), sync{},
+            posix::sink({.writer_threads = 1, .direct = posix::direct_io::never}), s.dir, std::move(files), checkpointer_options_of(s, 1),
+            libtorch::archive(training, std::make_shared<cuda::transfer>(libtorch::current_stream())));
+    }
+#endif
     using checkpointer_type = checkpointer<host_staging, sync, posix::sink, libtorch::archive>;
     return std::make_unique<strategy<checkpointer_type>>(
         false, std::move(facts), training.state(), host_staging(block_unit_bytes, block_unit_bytes), sync{},
@@ -167,17 +221,17 @@ std::unique_ptr<running_method> start_traditional(libtorch::training_state& trai
 }
 #endif
 
-std::unique_ptr<running_method> start_combination(libtorch::training_state& training, method_settings const& s, std::string const& scheduling,
-                                                  std::string const& sink) {
-    if (sink == "null") return start_scheduling(training, s, scheduling, null_sink{}, sink);
-    if (sink == "memory") return start_scheduling(training, s, scheduling, memory_sink{}, sink);
+std::unique_ptr<running_method> start_combination(libtorch::training_state& training, method_settings const& s, std::string const& staging,
+                                                  std::string const& scheduling, std::string const& sink) {
+    if (sink == "null") return start_scheduling(training, s, staging, scheduling, null_sink{}, sink);
+    if (sink == "memory") return start_scheduling(training, s, staging, scheduling, memory_sink{}, sink);
 #if VARVE_TOOL_WITH_URING
     // posix takes over only where the ring itself is refused; the facts say what ran.
     if (sink == "io_uring" && !uring::sink::available())
-        return start_scheduling(training, s, scheduling, uring::sink({.queue_depth = std::max(1u, s.num_threads)}), sink);
+        return start_scheduling(training, s, staging, scheduling, uring::sink({.queue_depth = std::max(1u, s.num_threads)}), sink);
 #endif
 #if VARVE_TOOL_WITH_POSIX
-    return start_scheduling(training, s, scheduling, posix_sink(s), "posix");
+    return start_scheduling(training, s, staging, scheduling, posix_sink(s), "posix");
 #else
     throw usage_error(sink + ": not built");
 #endif
@@ -187,7 +241,10 @@ std::unique_ptr<running_method> start_combination(libtorch::training_state& trai
 
 /// Why the part cannot run in this build or here; empty if it can.
 std::string missing_part(std::string const& part) {
-    if (part == "pinned") return "pinned staging needs a GPU backend, which this varve does not have";
+    if (part == "pinned" && !VARVE_TOOL_WITH_CUDA) return "pinned staging needs a GPU backend, which this varve does not have";
+#if VARVE_TOOL_WITH_CUDA
+    if (int gpus = 0; part == "pinned" && (cuda::code_of(::cudaGetDeviceCount(&gpus)) || gpus == 0)) return "pinned staging needs a GPU, and there is none here";
+#endif
     if (part == "gds") return "GPUDirect staging needs a GPU backend, which this varve does not have";
     if (part == "asio") return "the Asio sink is not part of this varve";
     if (part == "posix" && !VARVE_TOOL_WITH_POSIX) return "built without the posix backend";
@@ -198,7 +255,8 @@ std::string missing_part(std::string const& part) {
     return {};
 }
 
-method_entry combination(std::string const& staging, std::string const& scheduling, std::string const& sink) {
+/// `suits` says that the staging is whatever suits the state.
+method_entry combination(std::string const& staging, std::string const& scheduling, std::string const& sink, bool suits = false) {
     method_entry e;
     e.name = e.result_key = staging + "+" + scheduling + "+" + sink;
     e.description = staging + " staging, " + scheduling + " scheduling, " + sink + " sink";
@@ -206,7 +264,9 @@ method_entry combination(std::string const& staging, std::string const& scheduli
     if (e.missing.empty()) e.missing = missing_part(sink);
     e.writes_files = sink != "null" && sink != "memory";
 #if VARVE_TOOL_WITH_TORCH
-    e.start = [scheduling, sink](libtorch::training_state& training, method_settings s) { return start_combination(training, s, scheduling, sink); };
+    e.start = [staging = suits ? std::string() : staging, scheduling, sink](libtorch::training_state& training, method_settings s) {
+        return start_combination(training, s, staging, scheduling, sink);
+    };
 #else
     if (e.missing.empty()) e.missing = "built without LibTorch; install torch and build again";
 #endif
@@ -236,9 +296,9 @@ std::vector<method_entry> make_methods() {
     [[maybe_unused]] auto* original = documented("original", "Original PCCheck", "PCcheck: N checkpoints in flight, N+1 slots, N writing at once",
                                                  combination("host", "async", "posix"));
 #if VARVE_TOOL_WITH_TORCH && VARVE_TOOL_WITH_POSIX
-    original->start = [](libtorch::training_state& t, method_settings s) { return start_scheduling(t, s, "async", posix_sink(s), "posix", true); };
+    original->start = [](libtorch::training_state& t, method_settings s) { return start_scheduling(t, s, "", "async", posix_sink(s), "posix", true); };
 #endif
-    documented("layerwise", "Layerwise PCCheck (Improved)", "each layer leaves as the optimizer updates it", combination("host", "layerwise", "io_uring"));
+    documented("layerwise", "Layerwise PCCheck (Improved)", "each layer leaves as the optimizer updates it", combination("host", "layerwise", "io_uring", true));
     for (std::string staging : {"host", "pinned", "gds"})
         for (std::string scheduling : {"sync", "async", "layerwise"})
             for (std::string sink : {"null", "memory", "posix", "io_uring", "asio"}) all.push_back(combination(staging, scheduling, sink));

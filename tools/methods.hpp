@@ -30,6 +30,7 @@ struct method_settings {
     std::uint64_t buffer_bytes = 0;     ///< --buffer-size-mb
     std::uint64_t batch_bytes = 0;      ///< --batch-size-mb
     std::uint64_t pool_bytes = 0;       ///< --pool-size-mb; 0: one image; never above a quarter of the usable memory
+    std::size_t snapshots = 2;          ///< saves put aside in GPU memory at once, at most; for trainings on a GPU
     when_busy busy = when_busy::block;
     std::size_t keep = 2;
     std::uint64_t keep_every = 0;       ///< 0: off
@@ -45,6 +46,8 @@ struct method_settings {
 struct method_facts {
     std::string combination;       ///< "host+layerwise+io_uring", after any fall-back: what ran
     std::string sink;              ///< sink::describe()
+    std::string staging;           ///< the staging's describe(), if it has one
+    std::uint64_t device_bytes = 0; ///< GPU memory that it takes
     std::uint64_t image_bytes = 0; ///< of one checkpoint; for the torch archive the bytes of its tensors
     std::uint64_t pool_bytes = 0;
     std::uint64_t block_bytes = 0;

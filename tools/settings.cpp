@@ -9,6 +9,7 @@
 
 #include "errors.hpp"
 #include "settings_options.hpp"
+#include "trainer.hpp"
 
 namespace varve::tool {
 
@@ -183,9 +184,9 @@ settings resolve(given_settings const& given, std::string const& scenario) {
 void check_settings(settings const& s, settings_command command) {
     if (s.pccheck.use_monitor) throw usage_error("--use-monitor: the monitor is not built yet; leave it out");
     if (s.run.update != "plain")
-        throw usage_error("--update " + s.run.update + ": this build updates with plain only; the other kernels come with CUDA");
-    if (s.run.gpu_snapshot == "on") throw usage_error("--gpu-snapshot on: this build has no CUDA; leave it at auto or off");
-    if (s.run.device == "cuda") throw usage_error("--device cuda: this build has no CUDA; take --device cpu");
+        throw usage_error("--update " + s.run.update + ": this build updates with plain only; the other kernels are not built yet");
+    if (chosen_device(s) != "cuda" && s.run.gpu_snapshot == "on")
+        throw usage_error("--gpu-snapshot on: there is no CUDA in this run; leave it at auto or off");
     if (s.model.d_model % s.model.nhead != 0)
         throw usage_error("--nhead " + std::to_string(s.model.nhead) + " must divide --d-model " + std::to_string(s.model.d_model));
     if (command == settings_command::train) {

@@ -19,6 +19,7 @@ inline method_settings method_settings_of(settings const& s, observer_list const
     m.buffer_bytes = s.pccheck.buffer_size_mb * mb;
     m.batch_bytes = s.pccheck.batch_size_mb * mb;
     m.pool_bytes = s.run.pool_size_mb * mb;
+    m.snapshots = s.run.gpu_snapshot == "off" ? 0 : 2;
     m.busy = busy_mode(s);
     m.keep = s.run.keep;
     m.keep_every = s.run.keep_every;

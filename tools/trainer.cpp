@@ -4,12 +4,15 @@
 
 #include <ATen/CPUGeneratorImpl.h>
 
+#include <cstdlib>
 #include <numeric>
 #include <random>
 
+#include "varve/torch/cuda_stream.hpp"
 #include "varve/torch/layerwise.hpp"
 #include "varve/torch/training_state.hpp"
 
+#include "build_config.hpp"
 #include "errors.hpp"
 
 namespace varve::tool {
@@ -56,13 +59,20 @@ std::vector<std::int64_t> permutation(std::uint64_t count, std::uint64_t seed, s
 
 class torch_trainer final : public trainer {
 public:
-    explicit torch_trainer(settings const& s) : settings_(s) {
+    explicit torch_trainer(settings const& s) : settings_(s), device_(chosen_device(s) == "cuda" ? ::torch::kCUDA : ::torch::kCPU) {
+        if (device_.is_cuda()) {
+            // The same bits in every run; cuBLAS reads its variable when the first product is computed.
+            ::setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8", 0);
+            ::at::globalContext().setDeterministicAlgorithms(true, false);
+        }
         ::torch::manual_seed(s.run.seed);
         auto const samples = static_cast<std::int64_t>(s.training.num_samples), length = static_cast<std::int64_t>(s.training.seq_len);
         // One token more than a sample is long: the target is the sample moved by one.
         auto generator = ::at::detail::createCPUGenerator(s.run.seed);
-        data_ = ::torch::randint(0, static_cast<std::int64_t>(s.model.vocab_size), {samples, length + 1}, generator, ::torch::kLong);
+        data_ = ::torch::randint(0, static_cast<std::int64_t>(s.model.vocab_size), {samples, length + 1}, generator, ::torch::kLong).to(device_);
         model_ = std::make_shared<transformer>(s);
+        // Made on the CPU, so that the seed gives the same weights on either.
+        model_->to(device_);
         model_->train();
         optimizer_ = std::make_unique<::torch::optim::Adam>(model_->parameters(), ::torch::optim::AdamOptions(s.run.lr));
         state_ = std::make_unique<libtorch::training_state>(*model_, *optimizer_);
@@ -86,7 +96,7 @@ public:
     }
 
     float forward_backward(std::uint64_t step) override {
-        auto const batch = data_.index_select(0, samples_of(step));
+        auto const batch = data_.index_select(0, samples_of(step).to(device_));
         auto const length = static_cast<std::int64_t>(settings_.training.seq_len);
         auto const logits = model_->forward(batch.narrow(1, 0, length));
         auto const target = batch.narrow(1, 1, length).transpose(0, 1).reshape(-1);
@@ -103,7 +113,15 @@ public:
 
     void update() override { optimizer_->step(); }
     void update_by_layer(running_method& method) override { libtorch::layerwise_step(*optimizer_, *state_, method); }
-    void synchronize() override {}
+    void synchronize() override {
+        if (device_.is_cuda()) ::torch::cuda::synchronize();
+    }
+    std::uint64_t peak_device_bytes() const override {
+#if VARVE_TOOL_WITH_CUDA
+        if (device_.is_cuda()) return libtorch::peak_device_bytes();
+#endif
+        return 0;
+    }
 
     libtorch::training_state& training() override { return *state_; }
     varve::state& tensors() override { return state_->state(); }
@@ -145,6 +163,7 @@ private:
     }
 
     settings settings_;
+    ::torch::Device device_;
     ::torch::Tensor data_;
     std::shared_ptr<transformer> model_;
     std::unique_ptr<::torch::optim::Adam> optimizer_;
@@ -168,6 +187,14 @@ std::unique_ptr<trainer> make_trainer(settings const& s) {
         throw error(std::make_error_code(std::errc::not_enough_memory),
                     std::string("LibTorch cannot build the model: ") + e.what_without_backtrace());
     }
+}
+
+std::string chosen_device(settings const& s) {
+    if (s.run.device == "cpu") return "cpu";
+    bool const usable = VARVE_TOOL_WITH_CUDA && ::torch::cuda::is_available();
+    if (s.run.device == "cuda" && !VARVE_TOOL_WITH_CUDA) throw usage_error("--device cuda: this build has no CUDA; take --device cpu");
+    if (s.run.device == "cuda" && !usable) throw usage_error("--device cuda: there is no GPU that LibTorch can use here; take --device cpu");
+    return usable ? "cuda" : "cpu";
 }
 
 trainer_facts facts_of_trainer() { return {TORCH_VERSION, ::at::get_num_threads()}; }

@@ -28,6 +28,8 @@ public:
     virtual void update_by_layer(running_method& method) = 0;
     /// Waits until the device has done everything.
     virtual void synchronize() = 0;
+    /// The most that tensors have taken of the GPU's memory so far; 0 on a CPU.
+    virtual std::uint64_t peak_device_bytes() const = 0;
 
     /// What a method checkpoints.
     virtual libtorch::training_state& training() = 0;
@@ -44,6 +46,9 @@ void require_trainer();
 
 /// Throws varve::error where the model does not fit into memory.
 std::unique_ptr<trainer> make_trainer(settings const& s);
+
+/// "cuda" or "cpu": what --device comes to here. Throws usage_error for cuda where the build or the machine has none.
+std::string chosen_device(settings const& s);
 
 /// What a result says about the library that computes.
 struct trainer_facts {

@@ -12,6 +12,11 @@ std::unique_ptr<trainer> make_trainer(settings const&) {
     return nullptr;
 }
 
+std::string chosen_device(settings const& s) {
+    if (s.run.device == "cuda") throw usage_error("--device cuda: this build has no CUDA; take --device cpu");
+    return "cpu";
+}
+
 trainer_facts facts_of_trainer() { return {}; }
 
 }  // namespace varve::tool

@@ -21,10 +21,11 @@ std::error_code invalid() { return std::make_error_code(std::errc::invalid_argum
 /// The archive of one save: first the pickle, which numbers the records, then their bytes.
 class writer {
 public:
-    writer(state const& s, detail::python_layout const& layout, commit_values const& values) : state_(s), layout_(layout), values_(values) {
+    writer(state const& s, detail::python_layout const& layout, commit_values const& values, device_memory* device)
+        : state_(s), layout_(layout), values_(values), device_(device) {
         for (auto const& l : s.layers)
             for (auto const& t : l.tensors) {
-                if (t.memory == memory_kind::device) throw error(errc::unsupported, "the torch archive cannot write " + t.name + " from GPU memory");
+                varve::detail::expect_reachable(t, device, "the torch archive cannot write ");
                 if (!varve::detail::is_utf8(t.name)) throw error(invalid(), "the name " + varve::detail::printable(t.name) + " is not UTF-8");
                 tensors_.emplace(t.name, &t);
             }
@@ -197,8 +198,8 @@ private:
         return list.dump();
     }
 
-    static void add(detail::zip_writer& zip, tensor const& t) {
-        if (t.strides.empty()) {
+    void add(detail::zip_writer& zip, tensor const& t) {
+        if (t.strides.empty() && t.memory != memory_kind::device) {
             zip.add({static_cast<std::byte const*>(t.data), static_cast<std::size_t>(t.size_bytes())});
             return;
         }
@@ -206,7 +207,10 @@ private:
         std::vector<std::byte> piece(piece_bytes);
         for (std::uint64_t at = 0; at < t.size_bytes(); at += piece_bytes) {
             auto const n = static_cast<std::size_t>(std::min<std::uint64_t>(piece_bytes, t.size_bytes() - at));
-            varve::detail::gather(t, at, n, piece.data());
+            if (t.memory == memory_kind::device)
+                device_->read(t, at, std::span(piece).first(n));
+            else
+                varve::detail::gather(t, at, n, piece.data());
             zip.add(std::span(piece).first(n));
         }
     }
@@ -214,6 +218,7 @@ private:
     state const& state_;
     detail::python_layout const& layout_;
     commit_values const& values_;
+    device_memory* device_;
     detail::pickle_writer pickle_;
     std::unordered_map<std::string_view, tensor const*> tensors_;
     std::vector<record> records_;
@@ -223,8 +228,10 @@ private:
 
 }  // namespace
 
-void write_archive(state const& s, detail::python_layout const& layout, commit_values const& values, byte_stream& out) { writer(s, layout, values).write(out); }
+void write_archive(state const& s, detail::python_layout const& layout, commit_values const& values, byte_stream& out, device_memory* device) {
+    writer(s, layout, values, device).write(out);
+}
 
-void archive::stream(state const& s, commit_values const& values, byte_stream& out) const { write_archive(s, training_->python(), values, out); }
+void archive::stream(state const& s, commit_values const& values, byte_stream& out) const { write_archive(s, training_->python(), values, out, device_.get()); }
 
 }  // namespace varve::libtorch

@@ -123,6 +123,7 @@ struct training_state::parts {
     std::vector<bound<std::int64_t>> user_integers;
     std::vector<bound<double>> user_reals;
     ::at::Tensor rng;
+    std::vector<std::pair<::at::Generator, ::at::Tensor>> gpu_rngs;  ///< of the devices that the module is on
     std::vector<std::size_t> group_sizes;
 
     // Mirrors of what is no tensor; a deque's elements stay where they are.
@@ -233,6 +234,15 @@ void training_state::parts::add_run(varve::state& s) {
         std::lock_guard lock(generator.mutex());
         rng = generator.get_state();
         s.layers[run].tensors.push_back(described("rng.cpu", rng));
+        std::set<::c10::DeviceIndex> gpus;
+        for (auto const& p : parameters)
+            if (p.tensor.is_cuda()) gpus.insert(p.tensor.device().index());
+        for (auto index : gpus) {
+            auto of_gpu = ::at::globalContext().defaultGenerator(::at::Device(::at::kCUDA, index));
+            std::lock_guard gpu_lock(of_gpu.mutex());
+            gpu_rngs.emplace_back(of_gpu, of_gpu.get_state());
+            s.layers[run].tensors.push_back(described("rng.cuda." + std::to_string(static_cast<int>(index)), gpu_rngs.back().second));
+        }
     }
     for (std::size_t g = 0; g < group_sizes.size(); ++g)
         for (auto& o : access->options(g)) {
@@ -301,6 +311,10 @@ void training_state::parts::refresh(std::size_t layer, std::size_t run) {
         std::lock_guard lock(generator.mutex());
         rng.copy_(generator.get_state());
     }
+    for (auto& [generator, copy] : gpu_rngs) {
+        std::lock_guard lock(generator.mutex());
+        copy.copy_(generator.get_state());
+    }
 }
 
 void training_state::parts::restored() {
@@ -312,6 +326,14 @@ void training_state::parts::restored() {
             generator.set_state(rng);
         } catch (::c10::Error const&) {
             throw error(errc::malformed, "the checkpoint's rng.cpu is no state of LibTorch's generator");
+        }
+    }
+    for (auto& [generator, copy] : gpu_rngs) {
+        try {
+            std::lock_guard lock(generator.mutex());
+            generator.set_state(copy);
+        } catch (::c10::Error const&) {
+            throw error(errc::malformed, "the checkpoint's rng.cuda is no state of LibTorch's generator");
         }
     }
     for (auto const& m : mirrors) {

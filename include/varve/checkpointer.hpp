@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <thread>
 #include <type_traits>
@@ -100,16 +101,18 @@ public:
     void before_update(std::size_t layer, order_type order = {}) {
         timed inside(stalls_.total_ns);
         refuse_if_announced(layer, "before_update");
-        wait_for_copies(layer, order);
+        latest_type latest;
+        wait_for_copies(layer, order, latest);
     }
 
     /// The same for all layers at once.
     void before_update() { before_update_all({}); }
     void before_update_all(order_type order) {
         timed inside(stalls_.total_ns);
+        latest_type latest;
         for (std::size_t l = 0; l < state_.layers.size(); ++l) {
             refuse_if_announced(l, "before_update");
-            wait_for_copies(l, order);
+            wait_for_copies(l, order, latest);
         }
     }
 
@@ -136,8 +139,10 @@ public:
         } else {
             auto job = std::exchange(job_, nullptr);
             if (!job) return result;
+            std::vector<std::size_t> rest;
             for (std::size_t l = 0; l < state_.layers.size(); ++l)
-                if (!pipeline_->is_announced(*job, l)) announce_to(job, l, order);
+                if (!pipeline_->is_announced(*job, l)) rest.push_back(l);
+            announce_to(job, rest, order);
             if (auto ec = metadata_error(metadata)) pipeline_->abandon(job, ec);
             pipeline_->seal(*job, std::move(metadata));
             timed waiting(stalls_.wait_ns);
@@ -164,8 +169,9 @@ public:
     }
 
     /// Reads the newest whole checkpoint, or that of `step`, into the state; nothing if there is none. Waits first until
-    /// no save reads the state. Throws as store::restore does.
-    std::optional<restored_checkpoint> restore(std::optional<std::uint64_t> step = {}, restore_options const& options = {})
+    /// no save reads the state, and for the work in `order`. Throws as store::restore does.
+    std::optional<restored_checkpoint> restore(std::optional<std::uint64_t> step = {}, restore_options options = {},
+                                               [[maybe_unused]] order_type order = {})
         requires(file_sink<Sink>)
     {
         if (current_) throw error(errc::out_of_order, "restore: the save of step " + std::to_string(current_->step()) + " is not sealed");
@@ -173,19 +179,25 @@ public:
         // What is not restored is handed back as it is now, not as it was at the last save.
         if (options.model_only && state_.refresh)
             for (std::size_t l = 0; l < state_.layers.size(); ++l) state_.refresh(l);
+        std::unique_ptr<device_memory> device;
+        if constexpr (reaching_staging<Staging>) {
+            if (!options.device && state_.in_device_memory()) device = staging_.reach(order);
+            if (device) options.device = device.get();
+        }
         auto restored = store_->restore(state_, step, options);
         if (restored) observers_.on({.what = milestone::restored, .step = restored->step, .bytes = image_bytes()});
         return restored;
     }
 
     stall_times stalls() const noexcept { return stalls_; }
-    /// N in effect: no more than the pool holds images of, at least 1.
+    /// N in effect: no more than the pool or the snapshots hold images of, at least 1.
     std::size_t max_in_flight() const noexcept { return in_flight_; }
     /// Bytes of one checkpoint; for a format that streams, of its tensors.
     std::uint64_t image_bytes() const noexcept { return image_bytes_; }
     std::size_t block_bytes() const noexcept { return staging_.block_bytes(); }
     std::size_t pool_bytes() const noexcept { return streams ? 0 : staging_.block_bytes() * staging_.block_count(); }
     std::string describe_sink() const { return sink_.describe(); }
+    Staging const& staging() const noexcept { return staging_; }
 
     varve::store& files() noexcept
         requires(file_sink<Sink>)
@@ -217,7 +229,10 @@ private:
             auto layout = format_.lay_out(s);
             image_bytes_ = layout.size_bytes;
             auto blocks_per_image = std::max<std::uint64_t>(1, (layout.size_bytes + staging_.block_bytes() - 1) / staging_.block_bytes());
-            in_flight_ = std::clamp<std::size_t>(staging_.block_count() / blocks_per_image, 1, scheduling.max_in_flight());
+            std::size_t held = staging_.block_count() / blocks_per_image;
+            if constexpr (snapshotting_staging<Staging> && Scheduling::waits == seal_wait::nothing)
+                held = std::max(held, staging_.prepare_snapshots(layout, s, scheduling.max_in_flight()));
+            in_flight_ = std::clamp<std::size_t>(held, 1, scheduling.max_in_flight());
         }
         if (folder) {
             files.in_flight = in_flight_;
@@ -237,11 +252,13 @@ private:
         return true;
     }
 
-    void wait_for_copies(std::size_t layer, order_type order) {
+    using latest_type = std::optional<typename Staging::token_type>;
+
+    void wait_for_copies(std::size_t layer, order_type order, [[maybe_unused]] latest_type& latest) {
         if constexpr (!streams) {
             if (!pipeline_->busy()) return;
             timed waiting(stalls_.wait_ns);
-            if (auto ec = pipeline_->before_update(layer, order)) throw error(ec, "before_update of layer " + state_.layers[layer].name + ": " + ec.message());
+            if (auto ec = pipeline_->before_update(layer, order, latest)) throw error(ec, "before_update of layer " + state_.layers[layer].name + ": " + ec.message());
         }
     }
 
@@ -261,14 +278,15 @@ private:
             announced_[layer] = true;
             if (state_.refresh) state_.refresh(layer);
         } else if (job_) {
-            announce_to(job_, layer, order);
+            announce_to(job_, std::span(&layer, 1), order);
         }
     }
 
     template <class Job>
-    void announce_to(Job const& job, std::size_t layer, order_type order) {
-        if (state_.refresh) state_.refresh(layer);
-        pipeline_->announce(*job, layer, order);
+    void announce_to(Job const& job, std::span<std::size_t const> layers, order_type order) {
+        if (state_.refresh)
+            for (auto layer : layers) state_.refresh(layer);
+        pipeline_->announce(*job, layers, order);
     }
 
     /// Whether the header would be refused for its metadata; known at seal, before a sync or async save writes a byte.

@@ -97,6 +97,14 @@ public:
         throw error(std::make_error_code(std::errc::invalid_argument), "no layer named " + std::string(layer_name));
     }
 
+    /// Whether any tensor lies in GPU memory.
+    bool in_device_memory() const noexcept {
+        for (auto const& l : layers)
+            for (auto const& t : l.tensors)
+                if (t.memory == memory_kind::device) return true;
+        return false;
+    }
+
     /// Bytes of all tensors.
     std::uint64_t size_bytes() const noexcept {
         std::uint64_t n = 0;

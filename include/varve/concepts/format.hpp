@@ -8,6 +8,7 @@
 #include <system_error>
 #include <vector>
 
+#include "varve/device_memory.hpp"
 #include "varve/image.hpp"
 #include "varve/state.hpp"
 
@@ -32,6 +33,7 @@ struct restore_options {
     bool check_digests = true;  ///< off: files of other people, which have none
     bool verify_first = false;  ///< read everything once before a tensor changes
     bool model_only = false;    ///< leave every tensor alone whose name does not begin with `model.`
+    device_memory* device = nullptr;  ///< the way to tensors in GPU memory; errc::unsupported for those where there is none
 };
 
 /// What the store and the tools ask of a file format; every function reads `fd` from offset 0 by pread, bounds what a

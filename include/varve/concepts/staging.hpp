@@ -3,14 +3,18 @@
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <stop_token>
 #include <system_error>
 #include <utility>
 
+#include "varve/device_memory.hpp"
 #include "varve/state.hpp"
 
 namespace varve {
+
+struct image;
 
 /// A range of a tensor, in the bytes of its row-major form, and where in a staging buffer it goes.
 struct copy_range {
@@ -35,6 +39,8 @@ concept buffer = std::movable<B> && !std::copyable<B> && std::default_initializa
     { b.region() } -> std::same_as<std::size_t>;
     static_cast<bool>(b);
 };
+template <class T>
+concept snapshot = std::movable<T> && !std::copyable<T> && std::default_initializable<T> && requires(T const& t) { static_cast<bool>(t); };
 template <class T>
 concept token = std::copyable<T> && requires(T const& t) {
     { t.wait() } noexcept -> std::same_as<std::error_code>;
@@ -79,7 +85,7 @@ concept memory = requires { typename std::integral_constant<memory_kind, S::memo
 ///     noexcept and yields a copyable `point_type`: all work that is in `order` by now;
 ///  6. `copy(buffer, ranges, point)` is noexcept and gathers ranges into the buffer once the work before `point` is done;
 ///  7. it answers with a copyable `token_type`: wait() returns when the copy is done, with its error, on any thread, again
-///     and again;
+///     and again; a tensor in host memory has been read when copy returns;
 ///  8. `order_after(token, order)` makes later work in `order` wait for the copy, on a host by waiting itself.
 /// It need not copy asynchronously. The training thread records and orders while one other thread acquires and copies.
 template <class S>
@@ -88,6 +94,43 @@ concept staging = std::movable<S> && detail::staging_has::memory<S> && detail::s
                   std::copyable<typename S::order_type> && std::copyable<typename S::point_type> &&
                   detail::staging_has::acquire<S> && detail::staging_has::record<S> && detail::staging_has::copy<S> &&
                   detail::staging_has::order_after<S> && detail::staging_has::sizes<S> && detail::staging_has::regions<S>;
+
+namespace detail::staging_has {
+
+template <class S>
+concept snapshots = requires { typename S::snapshot_type; } && snapshot<typename S::snapshot_type> &&
+                    requires(S& s, image const& img, state const& st, std::size_t count, typename S::snapshot_type& shot, std::span<std::size_t const> layers,
+                             std::span<typename S::point_type const> after, typename S::buffer_type& b, std::uint64_t offset, std::size_t size, std::size_t at,
+                             typename S::token_type const& taken) {
+                        { s.prepare_snapshots(img, st, count) } -> std::same_as<std::size_t>;
+                        { s.acquire_snapshot() } noexcept -> std::same_as<typename S::snapshot_type>;
+                        { s.take(shot, layers, after) } noexcept -> std::same_as<typename S::token_type>;
+                        { s.copy(b, at, shot, offset, size, taken) } noexcept -> std::same_as<typename S::token_type>;
+                    };
+
+}  // namespace detail::staging_has
+
+/// S satisfies `snapshotting_staging`, a staging that can put a whole save aside where its tensors are, so that training
+/// goes on however long the way to the sink takes, if it is a staging and:
+///  1. `prepare_snapshots(image, state, count)` makes room once, before the first save, and returns for how many there
+///     is: none is no error;
+///  2. `snapshot_type` is move-only, with a test for emptiness; destroying one gives it back, on any thread, once the
+///     tokens of all copies from it were waited for (not that of take: the next one taken there follows it);
+///  3. `acquire_snapshot()` is noexcept and returns an empty one where none is free;
+///  4. `take(snapshot, layers, points)` is noexcept and puts the layers' tensors aside once the work before the points is done;
+///     its token counts as that of a copy: tensors in host memory have been read when it returns;
+///  5. `copy(buffer, buffer_offset_bytes, snapshot, offset_bytes, size_bytes, taken)` is noexcept and copies that range of
+///     the image's data, counted from its start, once `taken`, the token of the layers there, is ready.
+/// The training thread acquires and takes; the copying thread copies.
+template <class S>
+concept snapshotting_staging = staging<S> && detail::staging_has::snapshots<S>;
+
+/// A staging that knows the way to tensors which the CPU cannot reach: `reach(order)` gives it, once the work in `order` is
+/// done, for restores.
+template <class S>
+concept reaching_staging = staging<S> && requires(S& s, typename S::order_type order) {
+    { s.reach(order) } -> std::convertible_to<std::unique_ptr<device_memory>>;
+};
 
 /// Explains, one line a member, what S lacks to be a staging. Instantiate it where `staging<S>` fails.
 template <class S>

@@ -29,6 +29,8 @@ struct staging_fixture {
     };
     std::function<void*(std::span<std::byte>)> place = [](std::span<std::byte> bytes) { return bytes.data(); };
     typename S::order_type order{};
+    /// What the tensors' memory is; where `place` puts them.
+    memory_kind tensors = S::memory == memory_kind::device ? memory_kind::device : memory_kind::host;
 };
 
 /// The laws of concepts/staging.hpp that code can look at; answers with one line for each that is broken. Throws what
@@ -83,7 +85,7 @@ std::vector<std::string> check_staging(staging_fixture<S> const& f) {
     std::vector<std::byte> bytes(6 * 4 * sizeof(float)), expected(bytes.size());
     for (std::size_t i = 0; i < bytes.size(); ++i) bytes[i] = static_cast<std::byte>(i * 7 + 1);
     void* at = f.place(bytes);
-    tensor plain{"plain", dtype::F32, {6, 4}, at, {}, S::memory == memory_kind::device ? memory_kind::device : memory_kind::host};
+    tensor plain{"plain", dtype::F32, {6, 4}, at, {}, f.tensors};
     tensor turned = plain;
     turned.shape = {4, 6};
     turned.strides = {1, 4};

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <algorithm>
+#include <concepts>
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
@@ -9,6 +10,7 @@
 #include <mutex>
 #include <optional>
 #include <semaphore>
+#include <span>
 #include <stop_token>
 #include <string>
 #include <thread>
@@ -32,7 +34,8 @@ namespace varve::detail {
 /// Takes announced layers to durable checkpoints, off the training thread.
 ///
 /// A save passes three kinds of threads, and its blocks go through them in the image's order:
-///   - one copies: it waits for the next layer to be announced and for a buffer, and has the staging fill it;
+///   - one copies: it waits for the next layer to be announced and for a buffer, and has the staging fill it, from the
+///     tensors or from the snapshot that the training thread had the staging take of them;
 ///   - the workers wait for a block's copies, submit its write when it is the save's turn, and hash it meanwhile;
 ///   - one commits: it writes the header, syncs and commits, in step order, and hands the turn on.
 /// The copying thread never holds more than one unfinished buffer, so any pool makes progress.
@@ -98,13 +101,16 @@ public:
         {
             std::lock_guard lock(mutex_);
             for (auto const& job : jobs_)
-                if (job->sealed && job->copied && job->place == turn::waiting && !job->error && job->blocks_staged == blocks()) victim = job;
+                if (job->sealed && job->place == turn::waiting && !job->error && (job->by_snapshot || (job->copied && job->blocks_staged == blocks())))
+                    victim = job;
         }
         return victim && abandon(victim, errc::replaced);
     }
 
     job_ptr begin(std::uint64_t step) {
-        auto job = std::make_shared<job_type>(step, state_.layers.size(), blocks(), chunk_count(image_.data_bytes()));
+        typename snapshot_of<Staging>::type aside;
+        if constexpr (snapshotting_staging<Staging>) aside = staging_.acquire_snapshot();
+        auto job = std::make_shared<job_type>(step, state_.layers.size(), blocks(), chunk_count(image_.data_bytes()), std::move(aside));
         options_.observers.on({.what = milestone::begin, .step = step, .bytes = image_.size_bytes});
         std::lock_guard lock(mutex_);
         jobs_.push_back(job);
@@ -116,37 +122,53 @@ public:
         return job.points[layer].has_value();
     }
 
-    /// The layer's tensors hold what the save is to hold, once the work in `order` is done.
-    void announce(job_type& job, std::size_t layer, order_type order) {
+    /// The layers' tensors hold what the save is to hold, once the work in `order` is done.
+    void announce(job_type& job, std::span<std::size_t const> layers, order_type order) {
+        if (layers.empty()) return;
         auto point = staging_.record(order);
-        std::uint64_t bytes = 0;
-        for (auto const& t : state_.layers[layer].tensors) bytes += t.size_bytes();
-        options_.observers.on({.what = milestone::layer_ready, .step = job.step(), .bytes = bytes, .layer = state_.layers[layer].name});
+        for (auto layer : layers) {
+            std::uint64_t bytes = 0;
+            for (auto const& t : state_.layers[layer].tensors) bytes += t.size_bytes();
+            options_.observers.on({.what = milestone::layer_ready, .step = job.step(), .bytes = bytes, .layer = state_.layers[layer].name});
+            job.untaken_bytes += bytes;
+        }
         {
             std::lock_guard lock(mutex_);
             if (job.error) return;
-            job.points[layer] = point;
-            if (map_.last_part_of(layer) == block_map::npos) return;
-            auto& l = layers_[layer];
-            if (l.uncopied++ == 0) l.copies.clear();
-            if (!std::exchange(l.busy, true)) ++busy_layers_;
+            for (auto layer : layers) {
+                job.points[layer] = point;
+                if (map_.last_part_of(layer) == block_map::npos) continue;
+                auto& l = layers_[layer];
+                if (!std::exchange(l.busy, true)) ++busy_layers_;
+                if (job.by_snapshot)
+                    job.untaken.push_back(layer);
+                else
+                    ++l.uncopied;
+            }
         }
-        if (copies_ == copy_moment::at_layer_ready) copy_work_.notify_one();
+        if (copies_ != copy_moment::at_layer_ready) return;
+        if (!job.by_snapshot || job.untaken_bytes >= image_.data_bytes() / snapshot_shares) take(job);
+        copy_work_.notify_one();
     }
 
     void seal(job_type& job, metadata_map metadata) {
+        take(job);
+        bool over = false;
         {
             std::lock_guard lock(mutex_);
             job.metadata = std::move(metadata);
             job.sealed = true;
             job.ticket->seal();
+            over = job.over();
         }
+        // A wake costs the training thread more than all of the above.
         copy_work_.notify_one();
-        commit_work_.notify_one();
+        if (over) commit_work_.notify_one();
     }
 
     /// Returns when nothing that reads the layer's tensors can be overtaken by work that `order` gets from now on.
-    std::error_code before_update(std::size_t layer, order_type order) {
+    /// `latest` is what `order` follows already, of layers before this one.
+    std::error_code before_update(std::size_t layer, order_type order, std::optional<typename Staging::token_type>& latest) {
         if (busy_layers_ == 0) return {};
         std::vector<typename Staging::token_type> copies;
         {
@@ -156,8 +178,20 @@ public:
             copies.swap(l.copies);
             if (std::exchange(l.busy, false)) --busy_layers_;
         }
-        for (auto const& token : copies)
-            if (auto ec = staging_.order_after(token, order)) return ec;
+        for (std::size_t i = 0; i < copies.size(); ++i) {
+            // One snapshot has many layers.
+            if constexpr (std::equality_comparable<typename Staging::token_type>)
+                if (latest == copies[i]) continue;
+            auto ec = staging_.order_after(copies[i], order);
+            if (!ec) latest = copies[i];
+            if (!ec) continue;
+            // Whoever tries again, once the stream is no longer captured, waits for all of them.
+            std::lock_guard lock(mutex_);
+            auto& l = layers_[layer];
+            l.copies.insert(l.copies.end(), copies.begin() + static_cast<std::ptrdiff_t>(i), copies.end());
+            if (!std::exchange(l.busy, true)) ++busy_layers_;
+            return ec;
+        }
         return {};
     }
 
@@ -173,10 +207,14 @@ public:
     bool abandon(job_ptr const& job, std::error_code why) {
         std::vector<std::size_t> held;
         {
+            [[maybe_unused]] typename snapshot_of<Staging>::type free;
             std::lock_guard lock(mutex_);
             if (job->error || job->committing || std::find(jobs_.begin(), jobs_.end(), job) == jobs_.end()) return false;
             job->error = why;
             held.swap(job->held);
+            // At once, since the copying thread may wait for a buffer that only comes with the next save's end.
+            if (!job->filling && !job->copied) end_copying(*job);
+            if (job->open_blocks == 0 && !job->taking) free = std::exchange(job->snapshot, {});
         }
         for (auto b : held) end_of(job->blocks[b]);
         wake_all();
@@ -184,6 +222,9 @@ public:
     }
 
 private:
+    /// A layerwise save puts layers aside in about so many shares: one launch for each layer would cost more than it gains.
+    static constexpr std::uint64_t snapshot_shares = 8;
+
     /// What before_update asks about a layer.
     struct layer_copies {
         std::size_t uncopied = 0;                            ///< saves that have announced it and not copied it yet
@@ -231,6 +272,7 @@ private:
     }
     block_part const& next_part(job_type const& job) const { return map_.parts(map_.blocks()[job.next_block])[job.next_part]; }
     bool may_copy(job_type const& job, block_part const& part) const {
+        if (job.by_snapshot) return job.taken[part.layer].has_value();
         return job.points[part.layer].has_value() && (copies_ == copy_moment::at_layer_ready || job.sealed);
     }
     bool has_room(job_type const& job) const { return job.open_blocks < blocks_per_save_; }
@@ -241,6 +283,12 @@ private:
             job_ptr job;
             if (!copy_work_.wait(lock, stop, [&] { return (job = next_to_copy()) != nullptr; })) return;
             if (job->error || job->next_block == blocks()) {
+                if (job->filling) {
+                    // Its buffer goes back to the pool when nothing is on its way into it.
+                    lock.unlock();
+                    for (auto const& token : job->blocks[job->next_block].copies) token.wait();
+                    lock.lock();
+                }
                 end_copying(*job);
                 lock.unlock();
                 if (blocks() == 0) finish_empty(*job);
@@ -269,6 +317,48 @@ private:
         }
     }
 
+    /// Puts the layers aside that were announced and are not yet in the save's snapshot; on the training thread.
+    void take(job_type& job) {
+        if constexpr (snapshotting_staging<Staging>) {
+            auto const layers = std::exchange(job.untaken, {});
+            job.untaken_bytes = 0;
+            if (layers.empty()) return;
+            // Announced one after the other, perhaps in several streams.
+            std::vector<typename Staging::point_type> points;
+            {
+                std::lock_guard lock(mutex_);
+                if (job.error) return;
+                for (auto layer : layers) points.push_back(*job.points[layer]);
+                job.taking = true;
+            }
+            auto token = staging_.take(job.snapshot, layers, points);
+            {
+                std::lock_guard lock(mutex_);
+                for (auto layer : layers) {
+                    job.taken[layer] = token;
+                    layers_[layer].copies.push_back(token);
+                }
+                job.taking = false;
+                if (job.error) commit_work_.notify_one();
+            }
+            for (auto layer : layers) options_.observers.on({.what = milestone::layer_copied, .step = job.step(), .layer = state_.layers[layer].name});
+        }
+    }
+
+    /// Has the staging fill the next part's layer into the block, from its tensors or from the snapshot.
+    typename Staging::token_type copy_layer(job_type& job, typename job_type::block_in_flight& block, std::size_t layer) {
+        if constexpr (snapshotting_staging<Staging>) {
+            if (job.by_snapshot) {
+                auto const& first = ranges_.front();
+                auto const& last = ranges_.back();
+                auto const at = map_.blocks()[block.index].offset_bytes - image_.header_bytes + first.buffer_offset_bytes;
+                return staging_.copy(block.buffer, first.buffer_offset_bytes, job.snapshot, at,
+                                     last.buffer_offset_bytes + last.size_bytes - first.buffer_offset_bytes, *job.taken[layer]);
+            }
+        }
+        return staging_.copy(block.buffer, ranges_, *job.points[layer]);
+    }
+
     /// Copies what may be copied of the next block; takes and returns the lock held.
     void copy_parts(job_ptr const& job, std::unique_lock<std::mutex>& lock) {
         auto const& plan = map_.blocks()[job->next_block];
@@ -276,17 +366,17 @@ private:
         auto& block = job->blocks[job->next_block];
         while (job->next_part < parts.size() && !job->error && may_copy(*job, parts[job->next_part])) {
             auto layer = parts[job->next_part].layer;
-            auto point = *job->points[layer];
             ranges_.clear();
             std::size_t end = job->next_part;
             for (; end < parts.size() && parts[end].layer == layer; ++end) ranges_.push_back(parts[end].range);
             lock.unlock();
-            auto token = staging_.copy(block.buffer, ranges_, point);
+            auto token = copy_layer(*job, block, layer);
             bool layer_done = plan.first_part + end == map_.last_part_of(layer) + 1;
             lock.lock();
             block.copies.push_back(token);
-            layers_[layer].copies.push_back(token);
             job->next_part = end;
+            if (job->by_snapshot) continue;
+            layers_[layer].copies.push_back(token);
             if (!layer_done) continue;
             --layers_[layer].uncopied;
             lock.unlock();
@@ -311,7 +401,7 @@ private:
             job.blocks[job.next_block].buffer = {};
             --job.open_blocks;
         }
-        for (std::size_t l = 0; l < layers_.size(); ++l) {
+        for (std::size_t l = 0; l < layers_.size() && !job.by_snapshot; ++l) {
             auto last = map_.last_part_of(l);
             if (!job.points[l] || last == block_map::npos) continue;
             auto reached = job.next_block < blocks() ? map_.blocks()[job.next_block].first_part + job.next_part : last + 1;
@@ -349,8 +439,10 @@ private:
         if (failed) fail(*job, failed);
         bool all_staged = false, write_now = false, lost = false;
         {
+            [[maybe_unused]] typename snapshot_of<Staging>::type free;
             std::lock_guard lock(mutex_);
             all_staged = ++job->blocks_staged == blocks() && !job->error;
+            if (all_staged) free = std::exchange(job->snapshot, {});
             lost = static_cast<bool>(job->error);
             write_now = job->place == turn::writing;
             if (!lost && !write_now) job->held.push_back(index);
@@ -479,6 +571,7 @@ private:
             synced = !outcome;
         }
         job->target.reset();
+        job->snapshot = {};
         if (job->file) {
             if (outcome)
                 files_->give_back(std::move(*job->file), synced);
@@ -495,6 +588,9 @@ private:
             std::lock_guard lock(mutex_);
             if (job->place == turn::writing) --writing_;
             std::erase(jobs_, job);
+            // With no save in flight no copy is on its way, and a caller who never asks does not gather tokens.
+            for (auto& l : layers_)
+                if (jobs_.empty()) l.copies.clear();
         }
         wake_all();
     }

@@ -9,14 +9,15 @@
 #include "varve/detail/gather.hpp"
 #include "varve/detail/granules.hpp"
 #include "varve/detail/safetensors_match.hpp"
+#include "varve/device_memory.hpp"
 
 namespace varve::detail {
 
 /// Takes the data of a checkpoint into the tensors of a state.
 class restore_consumer {
 public:
-    /// `tensors` are sorted by where they begin; they outlive this.
-    explicit restore_consumer(std::vector<restored_tensor> const& tensors) : tensors_(tensors) {}
+    /// `tensors` are sorted by where they begin; they outlive this. `device` is the way to those in GPU memory.
+    restore_consumer(std::vector<restored_tensor> const& tensors, device_memory* device) : tensors_(tensors), device_(device) {}
 
     bool wants(std::uint64_t begin, std::uint64_t end) const {
         auto it = first_behind(begin);
@@ -28,6 +29,7 @@ public:
         constexpr std::size_t worthwhile_bytes = 2 * digest_chunk_bytes;
         destination const through_a_buffer{nullptr, std::min(size, worthwhile_bytes)};
         auto it = first_behind(offset);
+        if (it != tensors_.end() && it->target->memory == memory_kind::device) return {nullptr, size};
         if (it == tensors_.end() || it->begin > offset || !is_contiguous(*it->target)) return through_a_buffer;
         auto left = it->end() - offset;
         auto run = left >= size ? size : static_cast<std::size_t>(left / digest_chunk_bytes * digest_chunk_bytes);
@@ -41,7 +43,7 @@ public:
         for (auto it = first_behind(at); it != tensors_.end() && it->begin < end; ++it) {
             auto from = std::max(at, it->begin);
             auto to = std::min(end, it->end());
-            if (from < to) scatter(*it->target, from - it->begin, to - from, bytes.data() + (from - at));
+            if (from < to) put(*it->target, from - it->begin, bytes.subspan(from - at, to - from), device_);
         }
     }
 
@@ -52,6 +54,7 @@ private:
     }
 
     std::vector<restored_tensor> const& tensors_;
+    device_memory* device_;
 };
 
 }  // namespace varve::detail

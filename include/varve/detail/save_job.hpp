@@ -7,6 +7,7 @@
 #include <system_error>
 #include <vector>
 
+#include "varve/concepts/staging.hpp"
 #include "varve/image.hpp"
 #include "varve/state.hpp"
 #include "varve/store.hpp"
@@ -16,6 +17,19 @@ namespace varve::detail {
 
 /// A save's place in the line of those that write.
 enum class turn { waiting, opening, writing };
+
+/// Stands where a staging takes no snapshots.
+struct no_snapshot {
+    explicit operator bool() const noexcept { return false; }
+};
+template <class Staging>
+struct snapshot_of {
+    using type = no_snapshot;
+};
+template <snapshotting_staging Staging>
+struct snapshot_of<Staging> {
+    using type = typename Staging::snapshot_type;
+};
 
 /// One save on its way. But for what says otherwise, the pipeline's mutex guards it.
 template <class Staging, class Sink>
@@ -35,8 +49,9 @@ struct save_job {
         int open_ends = 0;  ///< of its write and its hashing, those not done
     };
 
-    save_job(std::uint64_t step, std::size_t layer_count, std::size_t block_count, std::size_t chunk_count)
-        : ticket(std::make_shared<ticket_state>(step)), points(layer_count), blocks(block_count), chunk_digests(chunk_count) {}
+    save_job(std::uint64_t step, std::size_t layer_count, std::size_t block_count, std::size_t chunk_count, typename snapshot_of<Staging>::type aside)
+        : ticket(std::make_shared<ticket_state>(step)), points(layer_count), snapshot(std::move(aside)), by_snapshot(snapshot), taken(layer_count),
+          blocks(block_count), chunk_digests(chunk_count) {}
 
     std::uint64_t step() const noexcept { return ticket->step(); }
 
@@ -45,6 +60,14 @@ struct save_job {
 
     std::vector<std::optional<point_type>> points;  ///< a layer's, once it is announced
     bool sealed = false;
+
+    /// Where the layers are put aside first, if there was room for it at begin. Emptied once all blocks are staged.
+    typename snapshot_of<Staging>::type snapshot{};
+    bool const by_snapshot;
+    std::vector<std::optional<token_type>> taken;  ///< a layer's, once it is in the snapshot
+    std::vector<std::size_t> untaken;              ///< announced, and not taken yet; the training thread's
+    std::uint64_t untaken_bytes = 0;
+    bool taking = false;  ///< the training thread is at it
 
     std::size_t next_block = 0;  ///< the copying thread's place
     std::size_t next_part = 0;   ///< within that block
@@ -64,7 +87,7 @@ struct save_job {
     std::error_code error;              ///< the first one; the save is lost with it
     bool committing = false;            ///< too late to abandon it
 
-    bool over() const noexcept { return copied && open_blocks == 0 && place != turn::opening && (sealed || error); }
+    bool over() const noexcept { return copied && open_blocks == 0 && !taking && place != turn::opening && (sealed || error); }
 };
 
 }  // namespace varve::detail

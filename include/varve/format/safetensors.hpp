@@ -77,9 +77,10 @@ public:
         if (options.check_digests) detail::expect_whole_header(fd, outline);
         auto const tensors = detail::match_state(fd, outline, s, options.model_only);
         for (auto const& t : tensors)
-            if (t.target->memory == memory_kind::device) throw error(errc::unsupported, "cannot restore " + t.target->name + " into GPU memory");
+            detail::expect_reachable(*t.target, options.device, "cannot restore ");
         if (options.verify_first) detail::verify_whole(fd, outline, options.workers);
-        detail::sweep_granules(fd, outline, options.workers, options.check_digests, detail::restore_consumer(tensors));
+        detail::sweep_granules(fd, outline, options.workers, options.check_digests, detail::restore_consumer(tensors, options.device));
+        if (options.device) options.device->finish();
     }
 
 private:

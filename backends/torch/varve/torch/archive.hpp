@@ -1,5 +1,8 @@
 #pragma once
 
+#include <memory>
+#include <utility>
+
 #include "varve/concepts/format.hpp"
 #include "varve/torch/archive_reader.hpp"
 #include "varve/torch/training_state.hpp"
@@ -17,14 +20,17 @@ namespace varve::libtorch {
 ///     format.stream(training.state(), {step, sequence, metadata}, out);
 class archive final : public archive_reader {
 public:
-    explicit archive(training_state const& training) noexcept : training_(&training) {}
+    /// `device` is the way to tensors in GPU memory, for writing.
+    explicit archive(training_state const& training, std::shared_ptr<device_memory> device = nullptr) noexcept
+        : training_(&training), device_(std::move(device)) {}
 
-    /// Writes the whole file, in order. `s` is the training state's, in host memory. Throws errc::unsupported for tensors in GPU
-    /// memory, and std::errc::invalid_argument for metadata keys that begin with `varve.` and for what is not UTF-8.
+    /// Writes the whole file, in order. `s` is the training state's. Throws errc::unsupported for tensors in GPU memory without
+    /// a way there, and std::errc::invalid_argument for metadata keys that begin with `varve.` and for what is not UTF-8.
     void stream(state const& s, commit_values const& values, byte_stream& out) const;
 
 private:
     training_state const* training_;
+    std::shared_ptr<device_memory> device_;
 };
 
 static_assert(streaming_format<archive>);

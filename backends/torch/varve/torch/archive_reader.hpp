@@ -57,7 +57,7 @@ public:
         auto const match = detail::match_archive(fd, directory, s, options.model_only);
         for (auto const& l : s.layers)
             for (auto const& t : l.tensors)
-                if (t.memory == memory_kind::device) throw error(errc::unsupported, "cannot restore " + t.name + " into GPU memory");
+                varve::detail::expect_reachable(t, options.device, "cannot restore ");
         if (options.verify_first) verify(fd, options.workers);
         auto const& tensors = match.from_records;
         if (options.check_digests) {
@@ -67,7 +67,7 @@ public:
                 while (next != tensors.end() && next->end() <= at) ++next;
                 for (auto it = next; it != tensors.end() && it->begin < end; ++it) {
                     auto const from = std::max(at, it->begin), to = std::min(end, it->end());
-                    if (from < to) varve::detail::scatter(*it->target, from - it->begin, to - from, bytes.data() + (from - at));
+                    if (from < to) varve::detail::put(*it->target, from - it->begin, bytes.subspan(from - at, to - from), options.device);
                 }
             });
         } else {
@@ -76,15 +76,16 @@ public:
                 for (auto at = t.begin; at < t.end();) {
                     auto const n = static_cast<std::size_t>(std::min<std::uint64_t>(piece_bytes, t.end() - at));
                     detail::read_exactly(fd, buffer.data(), n, at);
-                    varve::detail::scatter(*t.target, at - t.begin, n, buffer.data());
+                    varve::detail::put(*t.target, at - t.begin, std::span(buffer).first(n), options.device);
                     at += n;
                 }
         }
-        for (auto const& v : match.values) varve::detail::scatter(*v.target, 0, v.bytes.size(), v.bytes.data());
+        for (auto const& v : match.values) varve::detail::put(*v.target, 0, std::as_bytes(std::span(v.bytes)), options.device);
         std::vector<std::byte> const zeros(piece_bytes);
         for (auto const* t : match.zeros)
             for (std::uint64_t at = 0; at < t->size_bytes(); at += piece_bytes)
-                varve::detail::scatter(*t, at, static_cast<std::size_t>(std::min<std::uint64_t>(piece_bytes, t->size_bytes() - at)), zeros.data());
+                varve::detail::put(*t, at, std::span(zeros).first(static_cast<std::size_t>(std::min<std::uint64_t>(piece_bytes, t->size_bytes() - at))), options.device);
+        if (options.device) options.device->finish();
     }
 
 private:

@@ -1,0 +1,175 @@
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "support.hpp"
+#include "varve/checkpointer.hpp"
+#include "varve/cuda/pinned_staging.hpp"
+#include "varve/sink/memory.hpp"
+
+/// What the tests of this folder share.
+namespace varve_test {
+
+/// Whether there is a GPU to test on; where not, the running test is skipped.
+inline bool have_gpu() {
+    int count = 0;
+    auto result = ::cudaGetDeviceCount(&count);
+    if (result == cudaSuccess && count > 0) return true;
+    ::cudaGetLastError();
+    skip(result == cudaSuccess ? "no GPU here" : std::string("no GPU here: ") + ::cudaGetErrorString(result));
+    return false;
+}
+
+inline void expect(cudaError_t result) { varve::cuda::throw_if(result, "CUDA"); }
+
+struct device_bytes {
+    explicit device_bytes(std::size_t n) : size(n) {
+        expect(::cudaMalloc(&data, n));
+        expect(::cudaMemset(data, 0, n));
+    }
+    ~device_bytes() { ::cudaFree(data); }
+    device_bytes(device_bytes const&) = delete;
+    device_bytes& operator=(device_bytes const&) = delete;
+    void* data = nullptr;
+    std::size_t size;
+};
+
+struct user_stream {
+    explicit user_stream(unsigned flags = cudaStreamNonBlocking) { expect(::cudaStreamCreateWithFlags(&stream, flags)); }
+    ~user_stream() { ::cudaStreamDestroy(stream); }
+    user_stream(user_stream const&) = delete;
+    user_stream& operator=(user_stream const&) = delete;
+    cudaStream_t stream = nullptr;
+};
+
+/// A door; what passes it waits while it is closed.
+class gate {
+public:
+    void close() {
+        std::lock_guard lock(mutex_);
+        open_ = false;
+    }
+    void open() {
+        {
+            std::lock_guard lock(mutex_);
+            open_ = true;
+        }
+        changed_.notify_all();
+    }
+    void pass() {
+        std::unique_lock lock(mutex_);
+        changed_.wait(lock, [&] { return open_; });
+    }
+    /// Holds the stream back, too.
+    void hold(cudaStream_t stream) {
+        expect(::cudaLaunchHostFunc(stream, [](void* g) { static_cast<gate*>(g)->pass(); }, this));
+    }
+
+private:
+    std::mutex mutex_;
+    std::condition_variable changed_;
+    bool open_ = true;
+};
+
+/// Layers of bytes in GPU memory, each with a few in host memory, of odd sizes so that nothing stays aligned. Every byte
+/// says the step of the last update.
+class device_model {
+public:
+    explicit device_model(std::size_t layers = 3, std::size_t bytes = varve::block_unit_bytes + 4096 + 3) {
+        for (std::size_t l = 0; l < layers; ++l) {
+            auto name = "layer" + std::to_string(l);
+            weights_.push_back(std::make_unique<device_bytes>(bytes + l));
+            scalars_.push_back(std::make_unique<std::vector<std::byte>>(5 + l));
+            varve::layer layer{name, {}};
+            layer.tensors.push_back(
+                {name + ".weight", varve::dtype::U8, {static_cast<std::int64_t>(bytes + l)}, weights_[l]->data, {}, varve::memory_kind::device});
+            layer.tensors.push_back({name + ".scalar", varve::dtype::U8, {static_cast<std::int64_t>(5 + l)}, scalars_[l]->data(), {}});
+            state_.layers.push_back(std::move(layer));
+        }
+    }
+
+    varve::state& state() { return state_; }
+    std::size_t layers() const { return weights_.size(); }
+
+    /// What an update does; it takes the GPU a while where `slowly` says so, and the CPU runs ahead.
+    void update(std::size_t layer, std::uint64_t step, cudaStream_t stream, bool slowly = false) {
+        auto& w = *weights_[layer];
+        for (int i = 0; i < (slowly ? 200 : 1); ++i) {
+            auto value = i + 1 < (slowly ? 200 : 1) ? 0xEE : static_cast<int>(step);
+            expect(::cudaMemsetAsync(w.data, value, w.size, stream));
+        }
+        std::memset(scalars_[layer]->data(), static_cast<int>(step), scalars_[layer]->size());
+    }
+
+private:
+    std::vector<std::unique_ptr<device_bytes>> weights_;
+    std::vector<std::unique_ptr<std::vector<std::byte>>> scalars_;
+    varve::state state_;
+};
+
+/// Keeps, of every image that was synced, the step that all of its bytes say; -1 where they do not agree.
+class checking_sink {
+public:
+    struct log {
+        std::chrono::milliseconds delay{0};
+        gate door;
+        std::atomic<std::size_t> writes{0};
+        std::mutex mutex;
+        std::vector<int> steps;
+    };
+    checking_sink(varve::state const& s, std::shared_ptr<log> l) : data_offset_(varve::safetensors{}.lay_out(s).header_bytes), log_(std::move(l)) {}
+
+    class target_type {
+    public:
+        target_type(varve::memory_sink memory, std::uint64_t data_offset, std::shared_ptr<log> l, varve::open_request const& r)
+            : memory_(std::move(memory)), image_(memory_.open(r)), data_offset_(data_offset), log_(std::move(l)) {}
+        target_type(target_type&&) = default;
+        target_type& operator=(target_type&&) = default;
+
+        void write(std::uint64_t offset_bytes, varve::block const& b, varve::completion c) noexcept {
+            log_->door.pass();
+            std::this_thread::sleep_for(log_->delay);
+            ++log_->writes;
+            image_.write(offset_bytes, b, c);
+        }
+        std::error_code sync() noexcept {
+            if (auto ec = image_.sync()) return ec;
+            auto bytes = memory_.newest();
+            auto const* first = bytes->data() + data_offset_;
+            auto size = bytes->size() - data_offset_;
+            bool whole = std::memcmp(first, first + 1, size - 1) == 0;
+            std::lock_guard lock(log_->mutex);
+            log_->steps.push_back(whole ? std::to_integer<int>(*first) : -1);
+            return {};
+        }
+
+    private:
+        varve::memory_sink memory_;
+        varve::memory_sink::target_type image_;
+        std::uint64_t data_offset_;
+        std::shared_ptr<log> log_;
+    };
+
+    target_type open(varve::open_request const& r) { return {varve::memory_sink{}, data_offset_, log_, r}; }
+    varve::sink_limits limits() const { return {}; }
+    static constexpr bool accepts(varve::memory_kind kind) noexcept { return kind != varve::memory_kind::device; }
+    std::string describe() const { return "checks what it is given"; }
+
+private:
+    std::uint64_t data_offset_;
+    std::shared_ptr<log> log_;
+};
+
+}  // namespace varve_test

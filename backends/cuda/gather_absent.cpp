@@ -1,0 +1,11 @@
+#include "varve/cuda/detail/gather.hpp"
+
+// Without nvcc: copies are then single calls, one a run of bytes.
+
+namespace varve::cuda::detail {
+
+bool has_kernels() noexcept { return false; }
+cudaError_t gather(piece const*, std::size_t, std::byte*, std::byte const*, cudaStream_t) noexcept { return cudaErrorNotSupported; }
+cudaError_t gather_strided(strided_source const&, std::uint64_t, std::size_t, std::byte*, cudaStream_t) noexcept { return cudaErrorNotSupported; }
+
+}  // namespace varve::cuda::detail

@@ -1,0 +1,269 @@
+#include <boost/test/unit_test.hpp>
+
+#include <array>
+#include <future>
+
+#include "device_model.hpp"
+#include "varve/scheduling/async.hpp"
+#include "varve/scheduling/layerwise.hpp"
+#include "varve/scheduling/sync.hpp"
+
+namespace {
+
+using namespace varve_test;
+using namespace std::chrono_literals;
+using varve::cuda::pinned_staging;
+constexpr std::size_t block = varve::block_unit_bytes;
+
+template <class Scheduling>
+using checkpointer = varve::checkpointer<pinned_staging, Scheduling, checking_sink>;
+
+template <class Checkpointer>
+varve::ticket train_step(Checkpointer& ck, device_model& model, std::uint64_t step, cudaStream_t stream, bool slowly = false) {
+    ck.begin(step);
+    for (std::size_t l = 0; l < model.layers(); ++l) {
+        ck.before_update(l, {stream});
+        model.update(l, step, stream, slowly);
+        ck.layer_ready(l, {stream});
+    }
+    return ck.seal({}, {stream});
+}
+
+/// Every third step without a save, updates that take the GPU a while, a sink that takes its time.
+template <class Scheduling>
+void never_mixes_steps(Scheduling scheduling, std::size_t pool_blocks, std::size_t snapshots, cudaStream_t stream, std::chrono::milliseconds delay) {
+    device_model model;
+    auto log = std::make_shared<checking_sink::log>();
+    log->delay = delay;
+    std::vector<int> expected;
+    {
+        checkpointer<Scheduling> ck(model.state(), pinned_staging(pool_blocks * block, block, {.snapshots = snapshots}), scheduling,
+                                    checking_sink(model.state(), log));
+        for (std::uint64_t step = 1; step <= (full() ? 60u : 15u); ++step) {
+            if (step % 3 == 0) {
+                for (std::size_t l = 0; l < model.layers(); ++l) {
+                    ck.before_update(l, {stream});
+                    model.update(l, step, stream, true);
+                }
+                continue;
+            }
+            train_step(ck, model, step, stream, true);
+            expected.push_back(static_cast<int>(step));
+        }
+        ck.drain();
+    }
+    std::lock_guard lock(log->mutex);
+    BOOST_TEST(log->steps == expected, boost::test_tools::per_element());
+}
+
+template <class Scheduling>
+void never_mixes_steps(Scheduling scheduling) {
+    if (!have_gpu()) return;
+    user_stream own;
+    for (std::size_t pool_blocks : {1, 2, 64})
+        for (std::size_t snapshots : {0, 1, 2})
+            for (auto stream : {cudaStream_t(nullptr), own.stream}) {
+                BOOST_TEST_CONTEXT("pool of " << pool_blocks << ", snapshots " << snapshots)
+                never_mixes_steps(scheduling, pool_blocks, snapshots, stream, 2ms);
+            }
+}
+
+}  // namespace
+
+BOOST_AUTO_TEST_SUITE(cuda_pinned_staging)
+
+BOOST_AUTO_TEST_CASE(no_checkpoint_of_a_sync_save_mixes_steps) { never_mixes_steps(varve::sync{}); }
+BOOST_AUTO_TEST_CASE(no_checkpoint_of_an_async_save_mixes_steps) { never_mixes_steps(varve::async<3>{}); }
+BOOST_AUTO_TEST_CASE(no_checkpoint_of_a_layerwise_save_mixes_steps) { never_mixes_steps(varve::layerwise<3>{}); }
+
+BOOST_AUTO_TEST_CASE(two_blocks_and_a_very_slow_sink_mix_no_steps) {
+    if (!have_gpu()) return;
+    user_stream own;
+    never_mixes_steps(varve::layerwise<2>{}, 2, 0, own.stream, 40ms);
+    never_mixes_steps(varve::async<2>{}, 2, 2, own.stream, 40ms);
+}
+
+BOOST_AUTO_TEST_CASE(a_copy_follows_the_work_that_was_recorded) {
+    if (!have_gpu()) return;
+    user_stream own;
+    device_bytes bytes(block);
+    varve::tensor t{"t", varve::dtype::U8, {static_cast<std::int64_t>(block)}, bytes.data, {}, varve::memory_kind::device};
+    pinned_staging staging(block, block);
+    std::stop_source never;
+    auto buffer = staging.acquire(never.get_token());
+    gate door;
+    door.close();
+    door.hold(own.stream);
+    expect(::cudaMemsetAsync(bytes.data, 7, block, own.stream));
+    auto token = staging.copy(buffer, std::array{varve::copy_range{&t, 0, block, 0}}, staging.record({own.stream}));
+    auto done = std::async(std::launch::async, [&] { return token.wait(); });
+    BOOST_TEST((done.wait_for(50ms) == std::future_status::timeout));
+    door.open();
+    BOOST_TEST(!done.get());
+    BOOST_TEST((buffer.data()[0] == std::byte{7} && buffer.data()[block - 1] == std::byte{7}));
+}
+
+BOOST_AUTO_TEST_CASE(with_snapshots_training_goes_on_while_nothing_can_be_written) {
+    if (!have_gpu()) return;
+    user_stream own;
+    device_model model(5);
+    auto log = std::make_shared<checking_sink::log>();
+    log->door.close();
+    {
+        checkpointer<varve::async<2>> ck(model.state(), pinned_staging(block, block, {.snapshots = 2}), varve::async<2>{},
+                                         checking_sink(model.state(), log));
+        BOOST_TEST(ck.max_in_flight() == 2u);
+        train_step(ck, model, 1, own.stream);
+        train_step(ck, model, 2, own.stream);
+        for (std::uint64_t step = 3; step <= 20; ++step)
+            for (std::size_t l = 0; l < model.layers(); ++l) {
+                ck.before_update(l, {own.stream});
+                model.update(l, step, own.stream);
+            }
+        expect(::cudaStreamSynchronize(own.stream));
+        BOOST_TEST(log->writes == 0u);
+        log->door.open();
+        ck.drain();
+    }
+    BOOST_TEST(log->steps == (std::vector<int>{1, 2}), boost::test_tools::per_element());
+}
+
+BOOST_AUTO_TEST_CASE(a_save_that_is_replaced_gives_its_snapshot_to_the_next) {
+    if (!have_gpu()) return;
+    user_stream own;
+    device_model model(5);
+    auto log = std::make_shared<checking_sink::log>();
+    log->door.close();
+    varve::checkpointer_options options;
+    options.busy = varve::when_busy::replace;
+    checkpointer<varve::async<2>> ck(model.state(), pinned_staging(2 * block, block, {.snapshots = 2}), varve::async<2>{},
+                                     checking_sink(model.state(), log), options);
+    std::vector<varve::ticket> tickets;
+    for (std::uint64_t step = 1; step <= 6; ++step) {
+        tickets.push_back(train_step(ck, model, step, own.stream));
+        std::this_thread::sleep_for(20ms);
+    }
+    log->door.open();
+    ck.drain();
+    BOOST_TEST(log->steps == (std::vector<int>{1, 6}), boost::test_tools::per_element());
+    for (std::size_t i = 1; i + 1 < tickets.size(); ++i) BOOST_TEST((tickets[i].durable().wait() == varve::errc::replaced));
+}
+
+BOOST_AUTO_TEST_CASE(strided_tensors_arrive_in_row_major_order_also_from_a_snapshot) {
+    if (!have_gpu()) return;
+    constexpr std::int64_t rows = 1500, columns = 1001;
+    std::vector<std::int16_t> values(rows * columns), expected;
+    for (std::size_t i = 0; i < values.size(); ++i) values[i] = static_cast<std::int16_t>(i * 31);
+    for (std::int64_t c = 0; c < columns; ++c)
+        for (std::int64_t r = 0; r < rows; ++r) expected.push_back(values[static_cast<std::size_t>(r * columns + c)]);
+    device_bytes memory(values.size() * 2);
+    expect(::cudaMemcpy(memory.data, values.data(), memory.size, cudaMemcpyDefault));
+    std::uint8_t odd[3] = {1, 2, 3};
+    for (std::size_t snapshots : {0, 1}) {
+        varve::state s;
+        s.layers.push_back({"l",
+                            {{"a_odd", varve::dtype::U8, {3}, odd, {}},
+                             {"turned", varve::dtype::I16, {columns, rows}, memory.data, {1, columns}, varve::memory_kind::device}}});
+        varve::memory_sink sink;
+        varve::checkpointer<pinned_staging, varve::async<1>, varve::memory_sink> ck(s, pinned_staging(block, block, {.snapshots = snapshots}), {},
+                                                                                    sink);
+        BOOST_TEST(!ck.save(1).durable().wait());
+        auto img = varve::safetensors{}.lay_out(s);
+        auto bytes = sink.newest();
+        for (auto const& placed : img.tensors)
+            if (s.layers[0].tensors[placed.tensor].name == "turned")
+                BOOST_TEST(std::memcmp(bytes->data() + placed.offset_bytes, expected.data(), expected.size() * 2) == 0);
+    }
+}
+
+BOOST_AUTO_TEST_CASE(a_stream_that_is_captured_is_refused_and_the_capture_goes_on) {
+    if (!have_gpu()) return;
+    user_stream own;
+    device_model model;
+    auto log = std::make_shared<checking_sink::log>();
+    log->delay = 5ms;
+    for (std::size_t snapshots : {0, 1}) {
+        checkpointer<varve::async<2>> ck(model.state(), pinned_staging(2 * block, block, {.snapshots = snapshots}), varve::async<2>{},
+                                         checking_sink(model.state(), log));
+        // Saves are under way on varve's threads while this one captures in the strictest mode.
+        auto before = train_step(ck, model, 1, own.stream);
+        cudaGraph_t graph = nullptr;
+        expect(::cudaStreamBeginCapture(own.stream, cudaStreamCaptureModeGlobal));
+        BOOST_CHECK_EXCEPTION(ck.before_update(0, {own.stream}), varve::error, [](auto const& e) { return e.code() == varve::errc::unsupported; });
+        for (auto const& l : model.state().layers) expect(::cudaMemsetAsync(l.tensors[0].data, 9, l.tensors[0].size_bytes(), own.stream));
+        std::this_thread::sleep_for(50ms);
+        auto refused = ck.save(2, {}, {own.stream});
+        std::this_thread::sleep_for(50ms);
+        expect(::cudaStreamEndCapture(own.stream, &graph));
+        BOOST_TEST((refused.durable().wait() == varve::errc::unsupported));
+        BOOST_TEST(!before.durable().wait());
+        cudaGraphExec_t runnable = nullptr;
+        expect(::cudaGraphInstantiate(&runnable, graph, 0));
+        // The updates are in the graph: before each launch, the wait; after it, the save.
+        for (std::uint64_t step = 3; step <= 6; ++step) {
+            ck.before_update_all({own.stream});
+            expect(::cudaGraphLaunch(runnable, own.stream));
+            for (std::size_t l = 0; l < model.layers(); ++l) {
+                auto& t = model.state().layers[l].tensors[1];
+                std::memset(t.data, 9, t.size_bytes());
+            }
+            ck.save(step, {}, {own.stream});
+        }
+        ck.drain();
+        expect(::cudaGraphExecDestroy(runnable));
+        expect(::cudaGraphDestroy(graph));
+        BOOST_TEST(log->steps == (std::vector<int>{1, 9, 9, 9, 9}), boost::test_tools::per_element());
+        log->steps.clear();
+    }
+}
+
+BOOST_AUTO_TEST_CASE(a_pool_that_cannot_be_page_locked_says_so_and_leaves_no_error_behind) {
+    if (!have_gpu()) return;
+    // Each region asks for more than any address space has.
+    auto too_large = std::size_t{1} << 50;
+    BOOST_CHECK_EXCEPTION(pinned_staging(too_large, too_large), varve::error, [](auto const& e) { return e.code() == std::errc::not_enough_memory; });
+    BOOST_TEST(::cudaPeekAtLastError() == cudaSuccess);
+}
+
+BOOST_AUTO_TEST_CASE(without_gpu_memory_for_a_snapshot_saves_work_and_say_why) {
+    if (!have_gpu()) return;
+    user_stream own;
+    device_model model;
+    auto log = std::make_shared<checking_sink::log>();
+    auto saves = [&](pinned_staging staging) {
+        auto img = varve::safetensors{}.lay_out(model.state());
+        BOOST_TEST(staging.prepare_snapshots(img, model.state(), 2) == 0u);
+        BOOST_TEST(staging.describe().find("no snapshot: ") != std::string::npos, staging.describe());
+        checkpointer<varve::async<2>> ck(model.state(), std::move(staging), varve::async<2>{}, checking_sink(model.state(), log));
+        BOOST_TEST(!train_step(ck, model, 4, own.stream).durable().wait());
+    };
+    saves(pinned_staging(2 * block, block, {.snapshots = 2, .snapshot_share = 1e-9}));
+    pinned_staging made_before(2 * block, block, {.snapshots = 2, .snapshot_share = 1e9});
+    std::vector<std::unique_ptr<device_bytes>> all;
+    for (std::size_t piece = std::size_t{64} << 30; piece >= block;) {
+        try {
+            all.push_back(std::make_unique<device_bytes>(piece));
+        } catch (varve::error const&) {
+            piece /= 2;
+        }
+    }
+    saves(std::move(made_before));
+    BOOST_TEST(::cudaPeekAtLastError() == cudaSuccess);
+    all.clear();
+    pinned_staging staging(2 * block, block, {.snapshots = 2});
+    BOOST_TEST(staging.prepare_snapshots(varve::safetensors{}.lay_out(model.state()), model.state(), 2) == 2u);
+    BOOST_TEST(staging.describe().find("2 snapshots in ") != std::string::npos, staging.describe());
+}
+
+BOOST_AUTO_TEST_CASE(a_state_without_a_gpu_tensor_is_saved_without_a_snapshot) {
+    if (!have_gpu()) return;
+    std::vector<std::byte> bytes(block + 77, std::byte{3});
+    varve::state s;
+    s.layers.push_back({"l", {{"t", varve::dtype::U8, {static_cast<std::int64_t>(bytes.size())}, bytes.data(), {}}}});
+    auto log = std::make_shared<checking_sink::log>();
+    checkpointer<varve::async<2>> ck(s, pinned_staging(block, block, {.snapshots = 2}), varve::async<2>{}, checking_sink(s, log));
+    BOOST_TEST(!ck.save(1).durable().wait());
+    BOOST_TEST(log->steps == std::vector<int>{3}, boost::test_tools::per_element());
+}
+
+BOOST_AUTO_TEST_SUITE_END()

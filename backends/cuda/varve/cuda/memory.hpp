@@ -1,0 +1,73 @@
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <span>
+#include <string>
+#include <utility>
+
+#include "varve/cuda/error.hpp"
+
+namespace varve::cuda {
+
+/// Page-locked host memory that every GPU copies to and from, and reads in kernels.
+class page_locked {
+public:
+    page_locked() noexcept = default;
+    /// Throws error with the code of CUDA: equal to std::errc::not_enough_memory where no more can be page-locked.
+    explicit page_locked(std::size_t size_bytes) : size_bytes_(size_bytes) {
+        void* memory = nullptr;
+        throw_if(::cudaHostAlloc(&memory, size_bytes, cudaHostAllocPortable), "cannot page-lock " + std::to_string(size_bytes) + " bytes");
+        data_ = static_cast<std::byte*>(memory);
+    }
+    page_locked(page_locked&& other) noexcept : data_(std::exchange(other.data_, nullptr)), size_bytes_(other.size_bytes_) {}
+    page_locked& operator=(page_locked&& other) noexcept {
+        std::swap(data_, other.data_);
+        std::swap(size_bytes_, other.size_bytes_);
+        return *this;
+    }
+    ~page_locked() {
+        if (data_) ::cudaFreeHost(data_);
+    }
+
+    std::byte* data() const noexcept { return data_; }
+    std::span<std::byte> bytes() const noexcept { return {data_, size_bytes_}; }
+
+private:
+    std::byte* data_ = nullptr;
+    std::size_t size_bytes_ = 0;
+};
+
+/// GPU memory, taken and given back in the order of a stream's work: a plain cudaFree would wait for the whole device.
+class stream_memory {
+public:
+    stream_memory() noexcept = default;
+    /// On the calling thread's device, in a stream that outlives it; there when this returns. Throws error.
+    stream_memory(std::size_t size_bytes, cudaStream_t stream) : stream_(stream) {
+        void* memory = nullptr;
+        throw_if(::cudaMallocAsync(&memory, size_bytes, stream), "cannot have " + std::to_string(size_bytes) + " bytes of GPU memory");
+        data_ = static_cast<std::byte*>(memory);
+        auto ec = code_of(::cudaStreamSynchronize(stream));
+        if (!ec) return;
+        ::cudaFreeAsync(data_, stream);
+        throw error(ec);
+    }
+    stream_memory(stream_memory&& other) noexcept : data_(std::exchange(other.data_, nullptr)), stream_(other.stream_) {}
+    stream_memory& operator=(stream_memory&& other) noexcept {
+        std::swap(data_, other.data_);
+        std::swap(stream_, other.stream_);
+        return *this;
+    }
+    ~stream_memory() {
+        if (data_) ::cudaFreeAsync(data_, stream_);
+    }
+
+    std::byte* data() const noexcept { return data_; }
+
+private:
+    std::byte* data_ = nullptr;
+    cudaStream_t stream_ = nullptr;
+};
+
+}  // namespace varve::cuda

@@ -1,0 +1,43 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+#include "varve/detail/gather.hpp"
+#include "varve/error.hpp"
+#include "varve/state.hpp"
+
+namespace varve {
+
+/// The way to tensors that the CPU cannot reach; a backend provides it. Every function may be called on any thread, and
+/// throws error with the device's code.
+class device_memory {
+public:
+    virtual ~device_memory() = default;
+
+    /// Brings bytes to [offset, offset + size) of the tensor's row-major form; `bytes` may change once it returns.
+    virtual void write(tensor const& to, std::uint64_t offset_bytes, std::span<std::byte const> bytes) = 0;
+    /// Returns when everything that was written has arrived.
+    virtual void finish() = 0;
+    /// Fills `out` from [offset, offset + out.size()) of the tensor's row-major form.
+    virtual void read(tensor const& from, std::uint64_t offset_bytes, std::span<std::byte> out) = 0;
+};
+
+namespace detail {
+
+/// Throws errc::unsupported for a tensor in GPU memory where there is no way there.
+inline void expect_reachable(tensor const& t, device_memory const* device, char const* what) {
+    if (t.memory == memory_kind::device && !device) throw error(errc::unsupported, std::string(what) + t.name + ": it lies in GPU memory");
+}
+
+/// `bytes` to the tensor, wherever it lies.
+inline void put(tensor const& t, std::uint64_t offset_bytes, std::span<std::byte const> bytes, device_memory* device) {
+    if (t.memory == memory_kind::device)
+        device->write(t, offset_bytes, bytes);
+    else
+        scatter(t, offset_bytes, bytes.size(), bytes.data());
+}
+
+}  // namespace detail
+}  // namespace varve

@@ -1,0 +1,210 @@
+#include <boost/test/unit_test.hpp>
+
+#include <chrono>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include <varve/checkpointer.hpp>
+#include <varve/scheduling/async.hpp>
+#include <varve/scheduling/layerwise.hpp>
+#include <varve/staging/host.hpp>
+
+#include "plain_sinks.hpp"
+#include "support.hpp"
+
+namespace {
+
+using namespace varve_test;
+using namespace std::chrono_literals;
+constexpr std::size_t block = varve::block_unit_bytes;
+constexpr std::size_t floats_per_block = block / sizeof(float);
+
+/// The least staging that takes snapshots: host memory beside the pool.
+class aside_staging : public varve::host_staging {
+    struct room {
+        std::mutex mutex;
+        std::vector<std::unique_ptr<std::vector<std::byte>>> free;
+    };
+
+public:
+    aside_staging(std::size_t pool_bytes, std::size_t block_bytes, std::size_t most) : host_staging(pool_bytes, block_bytes), most_(most) {}
+
+    class snapshot_type {
+    public:
+        snapshot_type() = default;
+        snapshot_type(std::shared_ptr<room> r, std::unique_ptr<std::vector<std::byte>> b) : bytes(std::move(b)), room_(std::move(r)) {}
+        snapshot_type(snapshot_type&&) = default;
+        snapshot_type& operator=(snapshot_type&& other) {
+            std::swap(room_, other.room_);
+            std::swap(bytes, other.bytes);
+            return *this;
+        }
+        ~snapshot_type() {
+            if (!bytes) return;
+            std::lock_guard lock(room_->mutex);
+            room_->free.push_back(std::move(bytes));
+        }
+        explicit operator bool() const { return bytes != nullptr; }
+        std::unique_ptr<std::vector<std::byte>> bytes;
+
+    private:
+        std::shared_ptr<room> room_;
+    };
+
+    std::size_t prepare_snapshots(varve::image const& img, varve::state const& s, std::size_t count) {
+        image_ = img;
+        state_ = &s;
+        count = std::min(count, most_);
+        for (std::size_t i = 0; i < count; ++i) room_->free.push_back(std::make_unique<std::vector<std::byte>>(img.data_bytes()));
+        return count;
+    }
+    snapshot_type acquire_snapshot() noexcept {
+        std::lock_guard lock(room_->mutex);
+        if (room_->free.empty()) return {};
+        auto bytes = std::move(room_->free.back());
+        room_->free.pop_back();
+        return {room_, std::move(bytes)};
+    }
+    token_type take(snapshot_type& into, std::span<std::size_t const> layers, std::span<point_type const>) noexcept {
+        for (auto l : layers)
+            for (auto const& p : image_.tensors)
+                if (p.layer == l)
+                    varve::detail::gather(state_->layers[l].tensors[p.tensor], 0, p.size_bytes,
+                                          into.bytes->data() + p.offset_bytes - image_.header_bytes);
+        return {};
+    }
+    using host_staging::copy;
+    token_type copy(buffer_type& into, std::size_t at, snapshot_type const& from, std::uint64_t offset, std::size_t size,
+                    token_type const&) noexcept {
+        std::memcpy(into.data() + at, from.bytes->data() + offset, size);
+        return {};
+    }
+
+private:
+    std::size_t most_;
+    std::shared_ptr<room> room_ = std::make_shared<room>();
+    varve::image image_;
+    varve::state const* state_ = nullptr;
+};
+
+static_assert(varve::snapshotting_staging<aside_staging> && !varve::snapshotting_staging<varve::host_staging>);
+
+template <class Scheduling>
+using checkpointer = varve::checkpointer<aside_staging, Scheduling, plain_file_sink>;
+
+varve::store_options keep_all() {
+    varve::store_options o;
+    o.keep = 1000;
+    o.prepare = varve::prepare_mode::none;
+    return o;
+}
+
+template <class Checkpointer>
+varve::ticket train_step(Checkpointer& ck, toy_model& model, std::uint64_t step, bool save = true) {
+    if (save) ck.begin(step);
+    for (std::size_t l = 0; l < model.state().layers.size(); ++l) {
+        ck.before_update(l);
+        model.update(l, step);
+        ck.layer_ready(l);
+    }
+    return save ? ck.seal() : varve::ticket(std::make_shared<varve::detail::ticket_state>(step));
+}
+
+template <class Scheduling>
+void never_mixes_steps(Scheduling scheduling, std::size_t pool_blocks, std::size_t snapshots) {
+    temporary_folder dir;
+    auto control = std::make_shared<sink_control>();
+    control->delay = 2ms;
+    toy_model model(6, floats_per_block / 2 + 17);
+    std::uint64_t const steps = varve_test::full() ? 60 : 12;
+    {
+        checkpointer<Scheduling> ck(model.state(), {pool_blocks * block, block, snapshots}, scheduling, plain_file_sink(control), dir.path(),
+                                    keep_all());
+        for (std::uint64_t step = 1; step <= steps; ++step) train_step(ck, model, step, step % 3 != 0);
+    }
+    checkpointer<Scheduling> ck(model.state(), {block, block, 0}, scheduling, plain_file_sink(control), dir.path(), keep_all());
+    auto saved = ck.files().checkpoints();
+    BOOST_TEST(saved.size() == steps - steps / 3);
+    for (auto const& c : saved) {
+        ck.restore(c.step);
+        BOOST_TEST(model.is_of(c.step), "step " << c.step);
+    }
+}
+
+}  // namespace
+
+BOOST_AUTO_TEST_SUITE(snapshot_suite)
+
+BOOST_AUTO_TEST_CASE(no_checkpoint_from_a_snapshot_mixes_steps) {
+    for (std::size_t pool_blocks : {1, 2, 16})
+        for (std::size_t snapshots : {1, 2, 4}) {
+            never_mixes_steps(varve::async<3>{}, pool_blocks, snapshots);
+            never_mixes_steps(varve::layerwise<3>{}, pool_blocks, snapshots);
+        }
+}
+
+BOOST_AUTO_TEST_CASE(with_snapshots_training_goes_on_while_nothing_can_be_written) {
+    temporary_folder dir;
+    auto control = std::make_shared<sink_control>();
+    control->close_gate();
+    toy_model model(6, floats_per_block / 2 + 17);
+    {
+        checkpointer<varve::async<2>> ck(model.state(), {block, block, 2}, {}, plain_file_sink(control), dir.path(), keep_all());
+        BOOST_TEST(ck.max_in_flight() == 2u);
+        train_step(ck, model, 1);
+        train_step(ck, model, 2);
+        for (std::uint64_t step = 3; step <= 20; ++step) train_step(ck, model, step, false);
+        control->open_gate();
+        ck.drain();
+        ck.restore(1);
+        BOOST_TEST(model.is_of(1));
+        ck.restore(2);
+        BOOST_TEST(model.is_of(2));
+    }
+}
+
+BOOST_AUTO_TEST_CASE(a_save_that_is_replaced_gives_its_snapshot_to_the_next) {
+    temporary_folder dir;
+    auto control = std::make_shared<sink_control>();
+    control->close_gate();
+    toy_model model(6, floats_per_block / 2 + 17);
+    varve::checkpointer_options options;
+    options.busy = varve::when_busy::replace;
+    checkpointer<varve::async<2>> ck(model.state(), {2 * block, block, 2}, {}, plain_file_sink(control), dir.path(), keep_all(), options);
+    std::vector<varve::ticket> tickets;
+    for (std::uint64_t step = 1; step <= 6; ++step) {
+        tickets.push_back(train_step(ck, model, step));
+        // The first is being written by now.
+        if (step == 1) std::this_thread::sleep_for(50ms);
+    }
+    control->open_gate();
+    ck.drain();
+    BOOST_TEST(!tickets.front().durable().wait());
+    BOOST_TEST(!tickets.back().durable().wait());
+    for (std::size_t i = 1; i + 1 < tickets.size(); ++i) BOOST_TEST((tickets[i].durable().wait() == varve::errc::replaced));
+    ck.restore(6);
+    BOOST_TEST(model.is_of(6));
+}
+
+BOOST_AUTO_TEST_CASE(a_save_that_ends_early_leaves_its_snapshot_and_its_layers_free) {
+    temporary_folder dir;
+    toy_model model(6, floats_per_block / 2 + 17);
+    for (std::size_t snapshots : {0, 1}) {
+        checkpointer<varve::layerwise<2>> ck(model.state(), {block, block, snapshots}, {}, plain_file_sink(), dir.path(), keep_all());
+        for (std::uint64_t step = 1; step <= 3; ++step) {
+            ck.begin(step);
+            for (std::size_t l = 0; l < 3; ++l) {
+                ck.before_update(l);
+                model.update(l, step);
+                ck.layer_ready(l);
+            }
+            BOOST_TEST((ck.seal({{"k", std::string(100'000, 'x')}}).durable().wait() == varve::errc::metadata_too_large));
+            ck.before_update();
+        }
+        BOOST_TEST(!train_step(ck, model, 4).durable().wait());
+    }
+}
+
+BOOST_AUTO_TEST_SUITE_END()
