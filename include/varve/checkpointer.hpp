@@ -75,8 +75,8 @@ public:
     ticket begin(std::uint64_t step) {
         timed inside(stalls_.total_ns);
         if (current_) throw error(errc::out_of_order, "begin: the save of step " + std::to_string(current_->step()) + " is not sealed");
-        if (step == 0) throw error(std::make_error_code(std::errc::invalid_argument), "begin: steps count from 1");
-        requested_ = false;
+        if (step == 0 || step > detail::last_step)
+            throw error(std::make_error_code(std::errc::invalid_argument), "begin: steps count from 1 to " + std::to_string(detail::last_step));
         if (state_.recheck)
             if (auto ec = state_.recheck()) throw error(ec, "begin of step " + std::to_string(step) + ": " + ec.message());
         if constexpr (!streams) {
@@ -86,9 +86,11 @@ public:
                 observers_.on({.what = milestone::skipped, .step = step, .error = errc::skipped});
                 return ticket(current_);
             }
+            requested_ = false;
             job_ = pipeline_->begin(step);
             current_ = job_->ticket;
         } else {
+            requested_ = false;
             announced_.assign(state_.layers.size(), false);
             current_ = std::make_shared<detail::ticket_state>(step);
             observers_.on({.what = milestone::begin, .step = step});
@@ -139,11 +141,18 @@ public:
         } else {
             auto job = std::exchange(job_, nullptr);
             if (!job) return result;
-            std::vector<std::size_t> rest;
-            for (std::size_t l = 0; l < state_.layers.size(); ++l)
-                if (!pipeline_->is_announced(*job, l)) rest.push_back(l);
-            announce_to(job, rest, order);
-            if (auto ec = metadata_error(metadata)) pipeline_->abandon(job, ec);
+            try {
+                std::vector<std::size_t> rest;
+                for (std::size_t l = 0; l < state_.layers.size(); ++l)
+                    if (!pipeline_->is_announced(*job, l)) rest.push_back(l);
+                announce_to(job, rest, order);
+                if (auto ec = metadata_error(metadata)) pipeline_->abandon(job, ec);
+            } catch (...) {
+                // A hook has thrown: the save is lost, and the ones behind it are not to wait for it.
+                pipeline_->abandon(job, errc::state_changed);
+                pipeline_->seal(*job, {});
+                throw;
+            }
             pipeline_->seal(*job, std::move(metadata));
             timed waiting(stalls_.wait_ns);
             if constexpr (Scheduling::waits == seal_wait::durable) result.durable().wait();
@@ -284,6 +293,9 @@ private:
 
     template <class Job>
     void announce_to(Job const& job, std::span<std::size_t const> layers, order_type order) {
+        // Who announces a layer without before_update has not updated it, but the hook may: an earlier save comes first.
+        latest_type latest;
+        for (auto layer : layers) wait_for_copies(layer, order, latest);
         if (state_.refresh)
             for (auto layer : layers) state_.refresh(layer);
         pipeline_->announce(*job, layers, order);

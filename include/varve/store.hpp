@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
+#include <limits>
 #include <mutex>
 #include <optional>
 #include <string>
@@ -159,7 +160,7 @@ public:
                 if (s.restored) s.restored();
                 return restored_checkpoint{identity.step, identity.sequence, path() / candidate.name, identity.metadata};
             } catch (error const& e) {
-                if (e.code() == errc::mismatch) throw;
+                if (!tells_of_the_file(e.code())) throw;
                 std::lock_guard lock(mutex_);
                 broken_.push_back({candidate.name, e.what()});
                 std::erase_if(checkpoints_, [&](auto const& c) { return c.name == candidate.name; });
@@ -173,10 +174,18 @@ public:
     }
 
 private:
+    /// Whether an error says that the file is broken, and not that it could not be looked at.
+    static bool tells_of_the_file(std::error_code const& code) {
+        for (auto other : {std::errc::permission_denied, std::errc::operation_not_permitted, std::errc::too_many_files_open,
+                           std::errc::too_many_files_open_in_system, std::errc::not_enough_memory})
+            if (code == other) return false;
+        return code != errc::mismatch && code != errc::unsupported;
+    }
+
     static std::string undefined_if(bool touched) { return touched ? "; the tensors are undefined" : ""; }
 
     file_descriptor open(std::string const& name) {
-        file_descriptor fd(calls_.openat(folder_.get(), name.c_str(), O_RDONLY, 0), calls_);
+        file_descriptor fd(calls_.openat(folder_.get(), name.c_str(), O_RDONLY | O_NONBLOCK, 0), calls_);
         if (!fd) throw_if(last_system_error(errno), (path() / name).string());
         return fd;
     }
@@ -188,14 +197,17 @@ private:
         for (auto const& name : detail::names_in(folder_.get())) {
             auto step = detail::step_of_name(name, format_.extension());
             if (!step) {
-                if (name.starts_with("step-")) other = name;
+                if (detail::is_checkpoint_name(name)) other = name;
                 continue;
             }
             try {
                 auto identity = format_.identify(open(name).get());
+                if (identity.sequence > std::numeric_limits<std::uint64_t>::max() / 2)
+                    throw error(errc::malformed, name + ": its sequence number is out of range");
                 found.push_back({identity.step, identity.sequence, name});
                 highest_sequence_ = std::max(highest_sequence_, identity.sequence);
             } catch (error const& e) {
+                if (!tells_of_the_file(e.code())) throw;
                 broken_.push_back({name, e.what()});
             }
         }
@@ -208,6 +220,7 @@ private:
         }
         std::sort(found.begin(), found.end(), [](auto const& a, auto const& b) { return a.sequence > b.sequence; });
         bool const replace_run = options_.fresh && options_.overwrite;
+        file_descriptor newest;
         for (auto const& c : found) {
             try {
                 if (checkpoints_.size() < options_.keep) {
@@ -215,23 +228,24 @@ private:
                     format_.verify(fd.get(), options_.workers);
                     if (checkpoints_.empty()) {
                         if (!replace_run) format_.expect_same_layout(fd.get(), s);
-                        make_durable(fd.get());
+                        newest = std::move(fd);
                     }
                 }
                 checkpoints_.push_back(c);
             } catch (error const& e) {
                 if (e.code() == errc::mismatch)
                     throw error(errc::mismatch, path().string() + ": holds another run: " + e.what() + "; give another folder or overwrite it");
-                if (e.code().category() != category()) throw;
+                if (!tells_of_the_file(e.code())) throw;
                 broken_.push_back({c.name, e.what()});
             }
         }
+        if (newest) make_durable(newest.get());
         std::reverse(checkpoints_.begin(), checkpoints_.end());
         if (!replace_run) return;
         for (auto const& c : checkpoints_) previous_run_.push_back(c.name);
         for (auto const& b : broken_) previous_run_.push_back(b.name);
         for (auto const& name : detail::names_in(folder_.get()))
-            if (name.starts_with("step-") && !detail::step_of_name(name, format_.extension())) previous_run_.push_back(name);
+            if (detail::is_checkpoint_name(name) && !detail::step_of_name(name, format_.extension())) previous_run_.push_back(name);
         checkpoints_.clear();
         broken_.clear();
     }

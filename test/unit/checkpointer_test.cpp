@@ -189,6 +189,49 @@ BOOST_AUTO_TEST_CASE(calls_that_have_no_meaning_are_refused) {
     BOOST_TEST(!ticket.durable().wait());
 }
 
+BOOST_AUTO_TEST_CASE(a_hook_never_changes_what_an_earlier_save_still_reads) {
+    temporary_folder dir;
+    toy_model model(2, floats_per_block);
+    std::uint64_t counter = 0, mirror = 0;
+    model.state().layers.push_back({"run", {{"user.counter", varve::dtype::U64, {}, &mirror, {}}}});
+    model.state().refresh = [&](std::size_t layer) {
+        if (layer == 2) mirror = counter;
+    };
+    auto control = std::make_shared<sink_control>();
+    control->delay = 30ms;
+    checkpointer<varve::async<2>> ck(model.state(), {2 * block, block}, {}, plain_file_sink(control), dir.path(), quick_store());
+    for (counter = 1; counter <= 2; ++counter) {
+        ck.begin(counter);
+        for (std::size_t l : {0, 1}) {
+            ck.before_update(l);
+            model.update(l, counter);
+            ck.layer_ready(l);
+        }
+        ck.seal();
+    }
+    ck.drain();
+    model.state().refresh = {};
+    for (std::uint64_t step : {1, 2}) {
+        ck.restore(step);
+        BOOST_TEST(mirror == step);
+    }
+}
+
+BOOST_AUTO_TEST_CASE(a_hook_that_throws_loses_its_save_and_nothing_else) {
+    temporary_folder dir;
+    toy_model model;
+    bool broken = true;
+    model.state().refresh = [&](std::size_t layer) {
+        if (broken && layer == 2) throw std::runtime_error("resized");
+    };
+    checkpointer<varve::async<1>> ck(model.state(), {4 * block, block}, {}, plain_file_sink{}, dir.path(), quick_store());
+    auto lost = ck.begin(1);
+    BOOST_CHECK_THROW(ck.seal(), std::runtime_error);
+    BOOST_CHECK(lost.durable().wait() == errc::state_changed);
+    broken = false;
+    BOOST_TEST(!train_step(ck, model, 2).durable().wait());
+}
+
 BOOST_AUTO_TEST_CASE(a_state_that_moved_is_an_error_at_begin) {
     temporary_folder dir;
     toy_model model;

@@ -208,6 +208,33 @@ BOOST_AUTO_TEST_CASE(a_hard_link_keeps_its_bytes) {
     BOOST_TEST((std::string((std::istreambuf_iterator<char>(f)), {}) == before));
 }
 
+BOOST_AUTO_TEST_CASE(a_symbolic_link_is_let_go_and_its_file_is_not_touched) {
+    temporary_folder dir, elsewhere;
+    run r(dir.path(), options_with(nullptr, 1));
+    BOOST_TEST(!r.save(1));
+    auto archived = elsewhere.path() / "archived.safetensors";
+    fs::copy_file(dir.path() / name_of(1), archived);
+    fs::remove(dir.path() / name_of(1));
+    fs::create_symlink(archived, dir.path() / name_of(1));
+    std::ifstream f(archived, std::ios::binary);
+    std::string before((std::istreambuf_iterator<char>(f)), {});
+    for (std::uint64_t step = 2; step <= 5; ++step) BOOST_TEST(!r.save(step));
+    f.seekg(0);
+    BOOST_TEST((std::string((std::istreambuf_iterator<char>(f)), {}) == before));
+}
+
+BOOST_AUTO_TEST_CASE(what_only_looks_like_a_checkpoint_stops_nothing) {
+    temporary_folder dir;
+    { run r(dir.path()); }
+    std::ofstream(dir.path() / "step-000000000001.safetensors.bak") << "copy";
+    BOOST_TEST(::mkfifo((dir.path() / name_of(7)).c_str(), 0600) == 0);
+    BOOST_TEST(::mkfifo((dir.path() / ".partial-7").c_str(), 0600) == 0);
+    run r(dir.path());
+    BOOST_TEST(!r.save(8));
+    BOOST_TEST(r.ck.restore()->step == 8u);
+    BOOST_TEST(fs::exists(dir.path() / "step-000000000001.safetensors.bak"));
+}
+
 BOOST_AUTO_TEST_CASE(one_writer_holds_the_lock) {
     temporary_folder dir;
     run r(dir.path());

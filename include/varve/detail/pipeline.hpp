@@ -98,13 +98,18 @@ public:
     /// Lets the newest save go that is staged and has not begun to write; false if there is none.
     bool replace_newest() {
         job_ptr victim;
+        std::vector<std::size_t> held;
         {
+            [[maybe_unused]] typename snapshot_of<Staging>::type free;
             std::lock_guard lock(mutex_);
             for (auto const& job : jobs_)
                 if (job->sealed && job->place == turn::waiting && !job->error && (job->by_snapshot || (job->copied && job->blocks_staged == blocks())))
                     victim = job;
+            if (!victim) return false;
+            lose(*victim, errc::replaced, held, free);
         }
-        return victim && abandon(victim, errc::replaced);
+        release(*victim, held);
+        return true;
     }
 
     job_ptr begin(std::uint64_t step) {
@@ -210,14 +215,9 @@ public:
             [[maybe_unused]] typename snapshot_of<Staging>::type free;
             std::lock_guard lock(mutex_);
             if (job->error || job->committing || std::find(jobs_.begin(), jobs_.end(), job) == jobs_.end()) return false;
-            job->error = why;
-            held.swap(job->held);
-            // At once, since the copying thread may wait for a buffer that only comes with the next save's end.
-            if (!job->filling && !job->copied) end_copying(*job);
-            if (job->open_blocks == 0 && !job->taking) free = std::exchange(job->snapshot, {});
+            lose(*job, why, held, free);
         }
-        for (auto b : held) end_of(job->blocks[b]);
-        wake_all();
+        release(*job, held);
         return true;
     }
 
@@ -236,6 +236,21 @@ private:
         job_ptr job;
         std::size_t index;
     };
+
+    /// Marks a save as lost; `held` and `free` are to be let go without the mutex.
+    void lose(job_type& job, std::error_code why, std::vector<std::size_t>& held, [[maybe_unused]] typename snapshot_of<Staging>::type& free) {
+        job.error = why;
+        held.swap(job.held);
+        // At once, since the copying thread may wait for a buffer that only comes with the next save's end.
+        if (!job.filling && !job.copied) end_copying(job);
+        if (job.open_blocks == 0 && !job.taking) free = std::exchange(job.snapshot, {});
+    }
+
+    /// Ends the writes that a lost save's blocks were still waiting for.
+    void release(job_type& job, std::vector<std::size_t> const& held) {
+        for (auto b : held) end_of(job.blocks[b]);
+        wake_all();
+    }
 
     std::size_t in_flight_locked() const {
         return static_cast<std::size_t>(std::count_if(jobs_.begin(), jobs_.end(), [](auto const& j) { return !j->error; }));
@@ -283,12 +298,7 @@ private:
             job_ptr job;
             if (!copy_work_.wait(lock, stop, [&] { return (job = next_to_copy()) != nullptr; })) return;
             if (job->error || job->next_block == blocks()) {
-                if (job->filling) {
-                    // Its buffer goes back to the pool when nothing is on its way into it.
-                    lock.unlock();
-                    for (auto const& token : job->blocks[job->next_block].copies) token.wait();
-                    lock.lock();
-                }
+                drop_unfinished(*job, lock);
                 end_copying(*job);
                 lock.unlock();
                 if (blocks() == 0) finish_empty(*job);
@@ -392,15 +402,22 @@ private:
         staged_work_.notify_one();
     }
 
+    /// A save that was lost half way through a block gives the buffer back once nothing copies into it: neither of the
+    /// block's ends will come.
+    void drop_unfinished(job_type& job, std::unique_lock<std::mutex>& lock) {
+        if (!std::exchange(job.filling, false)) return;
+        auto& block = job.blocks[job.next_block];
+        lock.unlock();
+        for (auto const& token : block.copies) token.wait();
+        block.buffer = {};
+        lock.lock();
+        --job.open_blocks;
+    }
+
     /// Nothing of this save is copied any more: its announced layers are free.
     void end_copying(job_type& job) {
         job.copied = true;
         if (!job.error) return;
-        if (std::exchange(job.filling, false)) {
-            // Lost half way through this block: neither of its ends will come.
-            job.blocks[job.next_block].buffer = {};
-            --job.open_blocks;
-        }
         for (std::size_t l = 0; l < layers_.size() && !job.by_snapshot; ++l) {
             auto last = map_.last_part_of(l);
             if (!job.points[l] || last == block_map::npos) continue;
@@ -480,9 +497,15 @@ private:
         chunk_digests({block.buffer.data(), plan.size_bytes}, std::span(block.job->chunk_digests).subspan(first));
     }
 
+    /// The first error stays. Called while one of the save's blocks is open, so that the save outlives the call.
     void fail(job_type& job, std::error_code why) {
-        std::lock_guard lock(mutex_);
-        if (!job.error) job.error = why;
+        std::vector<std::size_t> held;
+        {
+            std::lock_guard lock(mutex_);
+            if (!job.error) job.error = why;
+            held.swap(job.held);
+        }
+        release(job, held);
     }
 
     /// One of a block's two ends has come: with the second its buffer is free. Nothing of the job is touched afterwards.
@@ -573,10 +596,14 @@ private:
         job->target.reset();
         job->snapshot = {};
         if (job->file) {
-            if (outcome)
-                files_->give_back(std::move(*job->file), synced);
-            else
-                outcome = files_->commit(std::move(*job->file), job->step(), sequence_);
+            try {
+                if (outcome)
+                    files_->give_back(std::move(*job->file), synced);
+                else
+                    outcome = files_->commit(std::move(*job->file), job->step(), sequence_);
+            } catch (std::exception const&) {
+                if (!outcome) outcome = std::make_error_code(std::errc::not_enough_memory);
+            }
         }
         auto what = !outcome ? milestone::durable : outcome == errc::replaced ? milestone::replaced : milestone::failed;
         options_.observers.on({.what = what, .step = job->step(), .bytes = outcome ? 0 : image_.size_bytes, .error = outcome});
@@ -615,7 +642,7 @@ private:
             return a.error;
         } catch (error const& e) {
             return e.code();
-        } catch (std::bad_alloc const&) {
+        } catch (std::exception const&) {
             return std::make_error_code(std::errc::not_enough_memory);
         }
     }

@@ -78,7 +78,7 @@ public:
     /// Whether nobody else can see the file's bytes: it has one name and nobody has it open or mapped.
     /// Source: fcntl(2), "Leases": a write lease is refused while any other descriptor of the file is open.
     bool is_ours_alone(std::string const& name) {
-        file_descriptor fd(calls_.openat(folder_, name.c_str(), O_RDWR, 0), calls_);
+        file_descriptor fd(calls_.openat(folder_, name.c_str(), O_RDWR | O_NOFOLLOW | O_NONBLOCK, 0), calls_);
         struct stat info {};
         if (!fd || calls_.fstat(fd.get(), &info) != 0 || info.st_nlink != 1) return false;
         if (calls_.setlease(fd.get(), F_WRLCK) != 0) return false;
@@ -86,10 +86,11 @@ public:
         return true;
     }
 
-    /// Takes a file as a free slot if its bytes are ours alone and its size fits; unlinks it otherwise.
+    /// Takes a file as a free slot if its bytes are ours alone and its size fits; unlinks it otherwise. A symbolic link is
+    /// never followed: its file is somebody else's.
     void adopt(std::string const& name, bool written) {
         struct stat info {};
-        file_descriptor fd(calls_.openat(folder_, name.c_str(), O_RDONLY, 0), calls_);
+        file_descriptor fd(calls_.openat(folder_, name.c_str(), O_RDONLY | O_NOFOLLOW | O_NONBLOCK, 0), calls_);
         bool fits = slot_bytes_ != 0 && fd && calls_.fstat(fd.get(), &info) == 0 && S_ISREG(info.st_mode) && static_cast<std::uint64_t>(info.st_size) == slot_bytes_;
         fd.reset();
         if (fits && is_ours_alone(name))
@@ -116,13 +117,17 @@ public:
         std::unique_lock lock(mutex_);
         if (free_.empty() && preparing_) {
             interrupt_ = true;
+            ++takers_;
             changed_.wait(lock, [&] { return !preparing_; });
+            --takers_;
         }
         if (free_.empty()) return std::nullopt;
         auto it = std::find_if(free_.begin(), free_.end(), [](slot const& s) { return s.written; });
         if (it == free_.end()) it = free_.begin();
         slot taken = std::move(*it);
         free_.erase(it);
+        lock.unlock();
+        changed_.notify_all();
         return taken;
     }
 
@@ -155,7 +160,7 @@ private:
         std::unique_lock lock(mutex_);
         for (;;) {
             auto it = free_.end();
-            if (!changed_.wait(lock, stop, [&] { return (it = next_unwritten()) != free_.end(); })) return;
+            if (!changed_.wait(lock, stop, [&] { return takers_ == 0 && (it = next_unwritten()) != free_.end(); })) return;
             slot mine = std::move(*it);
             free_.erase(it);
             preparing_ = true;
@@ -172,7 +177,7 @@ private:
         }
     }
 
-    bool write_once(std::string const& name, std::stop_token stop) {
+    bool write_once(std::string const& name, std::stop_token stop) try {
         constexpr std::size_t piece_bytes = 4u << 20;
         file_descriptor fd(calls_.openat(folder_, name.c_str(), O_WRONLY | O_DIRECT, 0), calls_);
         if (!fd) fd = file_descriptor(calls_.openat(folder_, name.c_str(), O_WRONLY, 0), calls_);
@@ -188,6 +193,8 @@ private:
             at += static_cast<std::uint64_t>(n);
         }
         return calls_.fdatasync(fd.get()) == 0;
+    } catch (std::bad_alloc const&) {
+        return false;
     }
 
     bool is_interrupted() const {
@@ -205,6 +212,7 @@ private:
     std::uint64_t next_number_ = 0;
     bool preparing_ = false;
     bool interrupt_ = false;
+    std::size_t takers_ = 0;  ///< that wait for the slot under preparation
     std::jthread worker_;
 };
 

@@ -23,6 +23,9 @@ inline constexpr std::string_view mark_name = ".varve";
 inline constexpr std::string_view partial_prefix = ".partial-";
 inline constexpr int store_version = 1;
 
+/// The largest step that a checkpoint's name has room for.
+inline constexpr std::uint64_t last_step = 999'999'999'999;
+
 /// "step-000000000120.safetensors".
 inline std::string checkpoint_name(std::uint64_t step, std::string_view extension) {
     char digits[32];
@@ -41,6 +44,11 @@ inline std::optional<std::uint64_t> step_of_name(std::string_view name, std::str
         step = step * 10 + static_cast<std::uint64_t>(c - '0');
     }
     return step;
+}
+
+/// Whether a checkpoint of some format of ours has such a name.
+inline bool is_checkpoint_name(std::string_view name) {
+    return step_of_name(name, ".safetensors") || step_of_name(name, ".pt");
 }
 
 /// The names in a folder, but for "." and "..", unsorted.
