@@ -576,9 +576,11 @@ private:
             };
             if (!commit_work_.wait(lock, stop, [&] { return (job = next()) != nullptr; })) return;
             job->committing = true;
+            if (job->place == turn::writing) --writing_;
             lock.unlock();
-            finish(job);
+            // The next one's blocks go to the disk while this one's header and its commit wait for it.
             hand_on_turns();
+            finish(job);
             lock.lock();
         }
     }
@@ -613,7 +615,6 @@ private:
             job->ticket->reach(goal::durable);
         {
             std::lock_guard lock(mutex_);
-            if (job->place == turn::writing) --writing_;
             std::erase(jobs_, job);
             // With no save in flight no copy is on its way, and a caller who never asks does not gather tokens.
             for (auto& l : layers_)

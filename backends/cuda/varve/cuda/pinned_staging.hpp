@@ -133,10 +133,21 @@ public:
         return token.order(order.stream);
     }
 
-    /// The way to tensors on the calling thread's device, once the work in `order` is done. Throws error.
+    /// The way to tensors on the calling thread's device, once the work in `order` is done; through the blocks of the pool that
+    /// are free, since page-locking more would take longer than the way. Throws error.
     std::unique_ptr<device_memory> reach(order_type order) const {
         device_scope on(order.device);
-        return std::make_unique<transfer>(order.stream);
+        std::stop_source at_once;
+        at_once.request_stop();
+        auto blocks = std::make_shared<std::vector<buffer_type>>();
+        std::vector<std::span<std::byte>> memory;
+        for (std::size_t bytes = 0; block_bytes() >= device_memory::piece_bytes && bytes < most_reach_bytes; bytes += block_bytes()) {
+            auto block = varve::detail::block_pool::acquire(shared_->pool, at_once.get_token());
+            if (!block) break;
+            memory.emplace_back(block.data(), block_bytes());
+            blocks->push_back(std::move(block));
+        }
+        return std::make_unique<transfer>(order.stream, memory, std::move(blocks));
     }
 
     // ---- snapshots ----
@@ -197,6 +208,8 @@ public:
     }
 
 private:
+    static constexpr std::size_t most_reach_bytes = 256u << 20;
+
     struct on_device {
         side_stream copies{true};
         std::shared_ptr<event_pool> events = std::make_shared<event_pool>();
