@@ -281,7 +281,7 @@ private:
                 if (job->sealed) return job;
                 return nullptr;
             }
-            return may_copy(*job, next_part(*job)) && (job->next_part > 0 || has_room(*job)) ? job : nullptr;
+            return may_copy(*job, next_part(*job)) && (job->next_part > 0 || (has_room(*job) && !stays_aside(*job))) ? job : nullptr;
         }
         return nullptr;
     }
@@ -291,6 +291,11 @@ private:
         return job.points[part.layer].has_value() && (copies_ == copy_moment::at_layer_ready || job.sealed);
     }
     bool has_room(job_type const& job) const { return job.open_blocks < blocks_per_save_; }
+    /// A save that may have to give way is not copied from its snapshot before its turn: the next one takes the snapshot over at
+    /// once, and what never gets to the sink does not use up the way there.
+    bool stays_aside(job_type const& job) const {
+        return options_.busy == when_busy::replace && job.by_snapshot && job.place == turn::waiting && writing_ >= options_.writing_at_once;
+    }
 
     void copy_loop(std::stop_token stop) {
         std::unique_lock lock(mutex_);
