@@ -44,6 +44,8 @@ namespace varve {
 template <staging Staging, scheduling Scheduling, sink Sink, format Format = safetensors>
 class checkpointer {
     static_assert(Sink::accepts(Staging::memory), "varve: this sink does not take memory of this staging's kind");
+    static_assert(Staging::memory != memory_kind::device || digesting_staging<Staging>,
+                  "varve: a staging in GPU memory must hash its buffers itself (see digesting_staging)");
     static_assert(fixed_layout_format<Format> || !Scheduling::needs_fixed_layout,
                   "varve: this scheduling needs a format with a fixed layout; use varve::sync, or another format");
 

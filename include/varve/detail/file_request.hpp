@@ -14,6 +14,7 @@
 #include "varve/concepts/sink.hpp"
 #include "varve/detail/open_file.hpp"
 #include "varve/error.hpp"
+#include "varve/state.hpp"
 
 namespace varve::detail {
 
@@ -29,6 +30,8 @@ struct file_transfer {
     std::size_t size_bytes = 0;
     int slot = unregistered;
     completion done{};
+    memory_kind memory = memory_kind::host;
+    void* file = nullptr;  ///< what the engine knows the file by, if it has a name of its own for it
 
     /// How many of the bytes, from the first, may go through the direct descriptor.
     std::size_t direct_bytes() const noexcept {
@@ -45,7 +48,7 @@ struct file_request {
     std::size_t claimed_bytes = 0;           ///< under the queue's mutex
     file_request* next = nullptr;            ///< under the queue's mutex
     std::atomic<std::size_t> unfinished{0};  ///< pieces
-    std::atomic<int> error{0};               ///< errno of the first piece that failed
+    std::atomic<int> error{0};               ///< errno, or the engine's own number, of the first piece that failed
 };
 
 /// A part of a request that one system call at a time carries out; `begin` moves as bytes go.
@@ -88,7 +91,10 @@ struct file_piece {
 /// Requests in the order in which they came. Thread-safe; allocates only when more requests wait than ever before.
 class file_request_queue {
 public:
-    explicit file_request_queue(std::size_t expected) { grow(std::max<std::size_t>(expected, 1)); }
+    /// `code_of` makes the code of what finish was given.
+    explicit file_request_queue(std::size_t expected, std::error_code (*code_of)(int) noexcept = last_system_error) : code_of_(code_of) {
+        grow(std::max<std::size_t>(expected, 1));
+    }
 
     /// Adds a transfer of at least one byte; its pieces are of `piece_bytes`, a multiple of the alignment, where they are
     /// direct. Returns the number of pieces, or 0 where there is no memory left (and the completion is not called).
@@ -130,7 +136,7 @@ public:
         return true;
     }
 
-    /// Ends a piece with its errno or 0, and the request with its last piece.
+    /// Ends a piece with its error or 0, and the request with its last piece.
     void finish(file_piece const& p, int error) noexcept {
         auto* r = p.request;
         if (int none = 0; error != 0) r->error.compare_exchange_strong(none, error);
@@ -142,7 +148,7 @@ public:
             r->next = free_;
             free_ = r;
         }
-        done(outcome == 0 ? std::error_code{} : last_system_error(outcome));
+        done(outcome == 0 ? std::error_code{} : code_of_(outcome));
     }
 
 private:
@@ -155,6 +161,7 @@ private:
         }
     }
 
+    std::error_code (*code_of_)(int) noexcept;
     std::mutex mutex_;
     std::vector<std::unique_ptr<file_request>> all_;
     file_request* free_ = nullptr;

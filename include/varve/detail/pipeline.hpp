@@ -499,7 +499,12 @@ private:
     void hash(typename job_type::block_in_flight& block) {
         auto const& plan = map_.blocks()[block.index];
         auto first = (plan.offset_bytes - image_.header_bytes) / digest_chunk_bytes;
-        chunk_digests({block.buffer.data(), plan.size_bytes}, std::span(block.job->chunk_digests).subspan(first));
+        auto out = std::span(block.job->chunk_digests).subspan(first);
+        if constexpr (digesting_staging<Staging>) {
+            if (auto ec = staging_.digest(block.buffer, plan.size_bytes, out)) fail(*block.job, ec);
+        } else {
+            chunk_digests({block.buffer.data(), plan.size_bytes}, out);
+        }
     }
 
     /// The first error stays. Called while one of the save's blocks is open, so that the save outlives the call.
