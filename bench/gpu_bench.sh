@@ -16,18 +16,22 @@ pairs=${PAIRS:-7}
 pair_steps=${PAIR_STEPS:-500}
 steps=100 stall_steps=1500 every_step=300 warmup=10
 if [[ $tiny == 1 ]]; then
-    standard=(--d-model 32 --nhead 2 --num-layers 1 --vocab-size 200 --dim-feedforward 64 --seq-len 8 --batch-size 2 --num-samples 40)
-    large=("${standard[@]}" --num-layers 2)
-    huge=("${standard[@]}" --num-layers 3)
+    small=(--d-model 32 --nhead 2 --vocab-size 200 --dim-feedforward 64 --seq-len 8 --batch-size 2 --num-samples 40)
+    standard=("${small[@]}" --num-layers 1)
+    large=("${small[@]}" --num-layers 2)
+    huge=("${small[@]}" --num-layers 3)
     pair_steps=${PAIR_STEPS:-20}
     steps=50 stall_steps=100 every_step=20 warmup=2
 fi
+
+measured=()  # folders that this call added to
 
 # varve bench into the folder of $1, for at most $2 seconds.
 varve_bench() {
     local name=$1 most=$2 folder=$logs/bench/$1
     shift 2
     mkdir -p "$folder"
+    measured+=("$name")
     limited "$most" "$folder/varve.log" "$build/tools/varve" bench --output-dir "$folder" --checkpoint-dir "$work/checkpoints/$name" --device "$device" \
         --warmup "$warmup" "$@"
     local status=$?
@@ -41,6 +45,7 @@ twin() {
     local name=$1 most=$2 folder=$logs/bench/$1
     shift 2
     mkdir -p "$folder" "$work/checkpoints"
+    measured+=("$name")
     limited "$most" "$folder/twin.log" "$python" -W ignore "$here/twin.py" --folder "$work/checkpoints" --output "$folder/twin.jsonl" --label "$name" \
         --device "$device" --warmup "$warmup" "$@"
     local status=$?
@@ -51,13 +56,11 @@ twin() {
 # A combination only where this build and machine have it.
 runnable() {
     local name
-    for name in "$@"; do
-        "$build/tools/varve" bench --list | grep -E "^ *$(sed 's/+/\\+/g' <<<"$name")( |$)" | grep -qE 'cannot|not built|needs|no GPU|built without' || echo "$name"
-    done
+    for name in "$@"; do "$build/tools/varve" bench --list | awk -v name="$name" '$1 == name && !/cannot run here/ { print name }'; done
 }
 
 run_bench() {
-    local name=$1 start=$SECONDS status=0 i
+    local name=$1 start=$SECONDS status=0 i size
     local -a more
     case $name in
     large)
@@ -124,7 +127,6 @@ run_bench() {
         return 1
         ;;
     esac
-    table
     say "  bench:$name took $((SECONDS - start)) s"
     return "$status"
 }
@@ -136,12 +138,12 @@ peers() {
         twin "peers-${size%[0-9][0-9]}-${size: -2}" 500 "${options[@]}" --num-steps "$steps" --checkpoint-freq "${size: -2}" --repeat "$repeats" \
             --methods none torch.save torch.save-durable safetensors dcp-async || status=1
     done
-    table
     return "$status"
 }
 
-# The table of all results so far; its earlier lines, if any, make way.
+# What this call measured, and every target that there are figures for; all tables go to figures.txt.
 table() {
+    [[ ${#measured[@]} == 0 ]] && return
     "$python" "$here/gpu_table.py" "$logs/bench" >"$logs/figures.txt" && cp "$logs/figures.txt" "$results/figures.txt"
-    cat "$logs/figures.txt"
+    "$python" "$here/gpu_table.py" "$logs/bench" "${measured[@]}"
 }
