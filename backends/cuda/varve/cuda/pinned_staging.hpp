@@ -25,6 +25,7 @@
 #include "varve/cuda/memory.hpp"
 #include "varve/cuda/snapshot.hpp"
 #include "varve/cuda/transfer.hpp"
+#include "varve/cuda/wait_meter.hpp"
 #include "varve/detail/block_pool.hpp"
 #include "varve/detail/gather.hpp"
 #include "varve/error.hpp"
@@ -40,6 +41,7 @@ struct stream_order {
 struct pinned_staging_options {
     std::size_t snapshots = 0;    ///< saves that may be put aside in GPU memory at once; 0: none
     double snapshot_share = 0.5;  ///< of the GPU memory that is free at the start, at most
+    bool measure_waits = false;   ///< gpu_wait_ns() says how long updates waited in their streams; costs two events a wait
 };
 
 /// A pool of buffers in page-locked host memory, filled from GPU memory by copies on streams of its own.
@@ -130,7 +132,22 @@ public:
         relaxed_capture relaxed;
         if (auto ec = refuse_capture(order.stream)) return ec;
         device_scope on(order.device);
-        return token.order(order.stream);
+        if (!shared_->options.measure_waits || token == event()) return token.order(order.stream);
+        int device = order.device;
+        if (device < 0 && code_of(::cudaGetDevice(&device))) return token.order(order.stream);
+        std::error_code failed;
+        auto* of = shared_->on(device, failed);
+        if (!of) return token.order(order.stream);
+        return of->waits.around(order.stream, [&](cudaStream_t stream) { return token.order(stream); });
+    }
+
+    /// How long streams stood, by now, in the waits that order_after put into them; 0 unless the options ask for it.
+    std::int64_t gpu_wait_ns() const noexcept {
+        std::int64_t total = 0;
+        if (!shared_->options.measure_waits) return total;
+        std::lock_guard lock(shared_->mutex);
+        for (auto& [index, d] : shared_->devices) total += d.waits.total_ns();
+        return total;
     }
 
     /// The way to tensors on the calling thread's device, once the work in `order` is done. Throws error.
@@ -200,6 +217,7 @@ private:
     struct on_device {
         side_stream copies{true};
         std::shared_ptr<event_pool> events = std::make_shared<event_pool>();
+        wait_meter waits;
     };
 
     struct shared {
@@ -275,6 +293,6 @@ private:
     std::shared_ptr<shared> shared_;
 };
 
-static_assert(staging<pinned_staging> && snapshotting_staging<pinned_staging> && reaching_staging<pinned_staging>);
+static_assert(snapshotting_staging<pinned_staging> && reaching_staging<pinned_staging> && wait_measuring_staging<pinned_staging>);
 
 }  // namespace varve::cuda
