@@ -90,6 +90,7 @@ private:
         auto m = method_settings_of(settings_, observers_);
         m.dir = store_;
         m.made_by = "varve bench";
+        m.measure_waits = true;
         if (!prepare) m.prepare = prepare_mode::none;
         m.wait_for_preparation = prepare;
         return entry_->start(t.training(), m);

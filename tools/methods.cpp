@@ -134,7 +134,7 @@ private:
 template <class Staging>
 Staging make_staging(std::uint64_t pool_bytes, std::uint64_t block_bytes, [[maybe_unused]] method_settings const& s) {
     if constexpr (Staging::memory == memory_kind::pinned)
-        return Staging(pool_bytes, block_bytes, {.snapshots = s.snapshots});
+        return Staging(pool_bytes, block_bytes, {.snapshots = s.snapshots, .measure_waits = s.measure_waits});
     else
         return Staging(pool_bytes, block_bytes);
 }

@@ -38,6 +38,7 @@ struct method_settings {
     bool wait_for_preparation = false;  ///< bench: slots are written before the clock starts; elsewhere in the background
     bool fresh = false;                 ///< start over: the store may be empty or, with overwrite, hold another run
     bool overwrite = false;
+    bool measure_waits = false;         ///< GPU time in waits goes into stalls(), where there is a GPU
     bool durable_traditional = false;   ///< set by the entry `traditional-durable`
     observer_list observers;
 };

@@ -12,6 +12,7 @@
 #include <optional>
 #include <random>
 #include <span>
+#include <string>
 #include <system_error>
 #include <unistd.h>
 
@@ -19,6 +20,7 @@
 
 #include "build_config.hpp"
 #include "errors.hpp"
+#include "gpu_copies.hpp"
 #include "varve/concepts/sink.hpp"
 #include "varve/detail/aligned_bytes.hpp"
 #include "varve/detail/digest.hpp"
@@ -250,6 +252,7 @@ nlohmann::json measure_limits(std::filesystem::path const& dir, [[maybe_unused]]
     j["direct"] = {{"write_gb_per_s", best.write}, {"read_gb_per_s", best.read}};
     say("copies and digests");
     j["copies"] = {{"memory_gb_per_s", memory_copy_rate()}};
+    for (auto const& [name, rate] : gpu_copy_rates()) j["copies"][name] = rate;
     j["digest_gb_per_s"] = digest_rate();
     return j;
 }
@@ -285,7 +288,14 @@ int probe(std::vector<std::string> const& args, std::ostream& out, std::ostream&
         line(name + " read", s["read_gb_per_s"]);
         out << "  " << s["describe"].get<std::string>() << '\n';
     }
-    line("memory copy", limits["copies"]["memory_gb_per_s"]);
+    auto const& copies = limits["copies"];
+    line("memory copy", copies["memory_gb_per_s"]);
+    for (std::string way : {"device_to_host", "host_to_device", "device_to_device"})
+        if (copies.contains(way + "_gb_per_s")) {
+            auto title = "copy, " + way;
+            std::replace(title.begin(), title.end(), '_', ' ');
+            line(title, copies[way + "_gb_per_s"]);
+        }
     line("digest, one thread", limits["digest_gb_per_s"]);
     if (given.count("json")) {
         auto path = given["json"].as<std::string>();

@@ -103,6 +103,55 @@ BOOST_AUTO_TEST_CASE(a_copy_follows_the_work_that_was_recorded) {
     BOOST_TEST((buffer.data()[0] == std::byte{7} && buffer.data()[block - 1] == std::byte{7}));
 }
 
+BOOST_AUTO_TEST_CASE(the_time_that_a_stream_waits_for_a_copy_is_measured_where_it_was_asked_for) {
+    if (!have_gpu()) return;
+    user_stream own, other;
+    device_bytes bytes(block);
+    varve::tensor t{"t", varve::dtype::U8, {static_cast<std::int64_t>(block)}, bytes.data, {}, varve::memory_kind::device};
+    std::stop_source never;
+    for (bool measured : {false, true}) {
+        pinned_staging staging(block, block, {.measure_waits = measured});
+        auto buffer = staging.acquire(never.get_token());
+        gate door;
+        door.close();
+        door.hold(other.stream);
+        auto token = staging.copy(buffer, std::array{varve::copy_range{&t, 0, block, 0}}, staging.record({other.stream}));
+        BOOST_TEST(!staging.order_after(token, {own.stream}));
+        // Not yet over, and asking does not wait.
+        BOOST_TEST(staging.gpu_wait_ns() == 0);
+        std::this_thread::sleep_for(60ms);
+        door.open();
+        expect(::cudaStreamSynchronize(own.stream));
+        auto const first = staging.gpu_wait_ns();
+        if (!measured) {
+            BOOST_TEST(first == 0);
+            continue;
+        }
+        BOOST_TEST(first > 30'000'000);
+        BOOST_TEST(first < 5'000'000'000);
+        // What is done already costs next to nothing, and many of them are measured with few events.
+        for (int i = 0; i < 3000; ++i) BOOST_TEST(!staging.order_after(token, {own.stream}));
+        expect(::cudaStreamSynchronize(own.stream));
+        auto const then = staging.gpu_wait_ns();
+        BOOST_TEST(then >= first);
+        BOOST_TEST(then - first < 3000 * 100'000);
+    }
+}
+
+BOOST_AUTO_TEST_CASE(the_stalls_of_a_checkpointer_say_how_long_the_gpu_waited) {
+    if (!have_gpu()) return;
+    user_stream own;
+    device_model model;
+    auto log = std::make_shared<checking_sink::log>();
+    checkpointer<varve::async<1>> ck(model.state(), pinned_staging(4 * block, block, {.measure_waits = true}), varve::async<1>{},
+                                     checking_sink(model.state(), log));
+    train_step(ck, model, 1, own.stream);
+    for (std::size_t l = 0; l < model.layers(); ++l) ck.before_update(l, {own.stream});
+    expect(::cudaStreamSynchronize(own.stream));
+    BOOST_TEST(ck.stalls().gpu_wait_ns > 0);
+    BOOST_TEST(ck.stalls().gpu_wait_ns < 5'000'000'000);
+}
+
 BOOST_AUTO_TEST_CASE(with_snapshots_training_goes_on_while_nothing_can_be_written) {
     if (!have_gpu()) return;
     user_stream own;

@@ -200,7 +200,11 @@ public:
         return restored;
     }
 
-    stall_times stalls() const noexcept { return stalls_; }
+    stall_times stalls() const noexcept {
+        auto so_far = stalls_;
+        if constexpr (wait_measuring_staging<Staging>) so_far.gpu_wait_ns = staging_.gpu_wait_ns();
+        return so_far;
+    }
     /// N in effect: no more than the pool or the snapshots hold images of, at least 1.
     std::size_t max_in_flight() const noexcept { return in_flight_; }
     /// Bytes of one checkpoint; for a format that streams, of its tensors.

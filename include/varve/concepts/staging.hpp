@@ -146,6 +146,13 @@ concept reaching_staging = staging<S> && requires(S& s, typename S::order_type o
 template <class S>
 concept digesting_staging = staging<S> && detail::staging_has::digest<S>;
 
+/// A staging that knows how long updates stood, on the device, in the waits of order_after: `gpu_wait_ns()` is noexcept and
+/// says how long so far, as far as is known without waiting. Called by the training thread.
+template <class S>
+concept wait_measuring_staging = staging<S> && requires(S const& s) {
+    { s.gpu_wait_ns() } noexcept -> std::same_as<std::int64_t>;
+};
+
 /// Explains, one line a member, what S lacks to be a staging. Instantiate it where `staging<S>` fails.
 template <class S>
 consteval bool explain_staging() {

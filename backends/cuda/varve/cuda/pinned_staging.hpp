@@ -25,6 +25,7 @@ namespace varve::cuda {
 struct pinned_staging_options {
     std::size_t snapshots = 0;    ///< saves that may be put aside in GPU memory at once; 0: none
     double snapshot_share = 0.5;  ///< of the GPU memory that is free at the start, at most
+    bool measure_waits = false;   ///< gpu_wait_ns() says how long updates waited in their streams; costs two events a wait
 };
 
 /// A pool of buffers in page-locked host memory, filled from GPU memory by copies on streams of its own.
@@ -44,7 +45,7 @@ public:
     /// copy there. `block_bytes` is a multiple of block_unit_bytes. Throws error with the code of CUDA: equal to
     /// std::errc::not_enough_memory where no more can be page-locked, or the current device has no room for a stream.
     pinned_staging(std::size_t pool_bytes, std::size_t block_bytes, pinned_staging_options options = {})
-        : stream_staging(allocate(pool_bytes, block_bytes), options.snapshots, options.snapshot_share) {}
+        : stream_staging(allocate(pool_bytes, block_bytes), options.snapshots, options.snapshot_share, options.measure_waits) {}
 
     using stream_staging::copy;
     token_type copy(buffer_type& into, std::span<copy_range const> ranges, point_type const& after) noexcept {
@@ -109,6 +110,6 @@ private:
     }
 };
 
-static_assert(staging<pinned_staging> && snapshotting_staging<pinned_staging> && reaching_staging<pinned_staging>);
+static_assert(snapshotting_staging<pinned_staging> && reaching_staging<pinned_staging> && wait_measuring_staging<pinned_staging>);
 
 }  // namespace varve::cuda

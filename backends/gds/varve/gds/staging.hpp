@@ -26,6 +26,7 @@ namespace varve::gds {
 struct staging_options {
     std::size_t snapshots = 0;    ///< saves that may be put aside in GPU memory at once, beside the pool; 0: none
     double snapshot_share = 0.5;  ///< of the GPU memory that is free at the start, at most
+    bool measure_waits = false;   ///< gpu_wait_ns() says how long updates waited in their streams; costs two events a wait
 };
 
 /// A pool of buffers in the memory of the GPU that the calling thread is on, filled by copies on streams of its own, for a
@@ -43,7 +44,7 @@ public:
     /// multiple of block_unit_bytes. Throws error with the code of CUDA: equal to std::errc::not_enough_memory where the GPU
     /// has no more.
     staging(std::size_t pool_bytes, std::size_t block_bytes, staging_options options = {})
-        : stream_staging(allocate(pool_bytes, block_bytes), options.snapshots, options.snapshot_share), own_(std::make_shared<own>(block_bytes)) {}
+        : stream_staging(allocate(pool_bytes, block_bytes), options.snapshots, options.snapshot_share, options.measure_waits), own_(std::make_shared<own>(block_bytes)) {}
 
     using stream_staging::copy;
     token_type copy(buffer_type& into, std::span<copy_range const> ranges, point_type const& after) noexcept {

@@ -24,6 +24,7 @@
 #include "varve/cuda/snapshot.hpp"
 #include "varve/cuda/stream_order.hpp"
 #include "varve/cuda/transfer.hpp"
+#include "varve/cuda/wait_meter.hpp"
 #include "varve/detail/block_pool.hpp"
 #include "varve/error.hpp"
 #include "varve/image.hpp"
@@ -64,7 +65,22 @@ public:
         relaxed_capture relaxed;
         if (auto ec = refuse_capture(order.stream)) return ec;
         device_scope on(order.device);
-        return token.order(order.stream);
+        if (!shared_->measure_waits || token == event()) return token.order(order.stream);
+        int device = order.device;
+        if (device < 0 && code_of(::cudaGetDevice(&device))) return token.order(order.stream);
+        std::error_code failed;
+        auto* of = shared_->on(device, failed);
+        if (!of) return token.order(order.stream);
+        return of->waits.around(order.stream, [&](cudaStream_t stream) { return token.order(stream); });
+    }
+
+    /// How long streams stood, by now, in the waits that order_after put into them; 0 unless the options ask for it.
+    std::int64_t gpu_wait_ns() const noexcept {
+        std::int64_t total = 0;
+        if (!shared_->measure_waits) return total;
+        std::lock_guard lock(shared_->mutex);
+        for (auto& [index, d] : shared_->devices) total += d.waits.total_ns();
+        return total;
     }
 
     /// The way to tensors on the calling thread's device, once the work in `order` is done. Throws error.
@@ -121,10 +137,12 @@ public:
 protected:
     /// Takes the pool, and what belongs to the device at hand, while it has memory; other devices get theirs at their first
     /// use. Throws error.
-    stream_staging(std::shared_ptr<varve::detail::block_pool> pool, std::size_t snapshots, double snapshot_share) : shared_(std::make_shared<shared>()) {
+    stream_staging(std::shared_ptr<varve::detail::block_pool> pool, std::size_t snapshots, double snapshot_share, bool measure_waits)
+        : shared_(std::make_shared<shared>()) {
         shared_->pool = std::move(pool);
         shared_->snapshots = snapshots;
         shared_->snapshot_share = snapshot_share;
+        shared_->measure_waits = measure_waits;
         relaxed_capture relaxed;
         int device = 0;
         throw_if(::cudaGetDevice(&device), "the current device");
@@ -151,12 +169,14 @@ private:
     struct on_device {
         side_stream copies{true};
         std::shared_ptr<event_pool> events = std::make_shared<event_pool>();
+        wait_meter waits;
     };
 
     struct shared {
         std::shared_ptr<varve::detail::block_pool> pool;
         std::size_t snapshots = 0;
         double snapshot_share = 0;
+        bool measure_waits = false;
         std::shared_ptr<snapshot_room> room;
         std::string why_no_snapshot;
         std::mutex mutex;
