@@ -2,7 +2,7 @@
 
 #include "build_config.hpp"
 
-#if VARVE_TOOL_WITH_CUDA_COPIES
+#if VARVE_TOOL_WITH_CUDA_RUNTIME
 
 #include <cuda_runtime_api.h>
 
