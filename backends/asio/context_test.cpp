@@ -175,6 +175,7 @@ BOOST_AUTO_TEST_CASE(checkpoints_come_back_on_either_context) {
         {
             varve::checkpointer ck(state, varve::host_staging(16u << 20, varve::block_unit_bytes), varve::async<2>{}, varve::asio::sink({.context = where}), place);
             for (std::uint64_t step = 1; step <= 5; ++step) {
+                ck.before_update();
                 fill(static_cast<float>(step));
                 ck.save(step);
             }
