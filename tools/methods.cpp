@@ -23,6 +23,9 @@
 #if VARVE_TOOL_WITH_URING
 #include "varve/uring/sink.hpp"
 #endif
+#if VARVE_TOOL_WITH_ASIO
+#include "varve/asio/sink.hpp"
+#endif
 #if VARVE_TOOL_WITH_CUDA
 #include "varve/cuda/pinned_staging.hpp"
 #include "varve/cuda/transfer.hpp"
@@ -245,6 +248,9 @@ std::unique_ptr<running_method> start_combination(libtorch::training_state& trai
     if (sink == "io_uring" && !uring::sink::available())
         return start_scheduling(training, s, staging, scheduling, uring::sink({.queue_depth = std::max(1u, s.num_threads)}), sink);
 #endif
+#if VARVE_TOOL_WITH_ASIO
+    if (sink == "asio") return start_scheduling(training, s, staging, scheduling, asio::sink({.queue_depth = std::max(1u, s.num_threads)}), sink);
+#endif
 #if VARVE_TOOL_WITH_POSIX
     return start_scheduling(training, s, staging, scheduling, posix_sink(s), "posix");
 #else
@@ -264,7 +270,13 @@ std::string missing_part(std::string const& part) {
 #if VARVE_TOOL_WITH_CUDA && VARVE_TOOL_WITH_GDS
     if (int gpus = 0; part == "gds" && (cuda::code_of(::cudaGetDeviceCount(&gpus)) || gpus == 0)) return "GPUDirect staging needs a GPU, and there is none here";
 #endif
-    if (part == "asio") return "the Asio sink is not part of this varve";
+    if (part == "asio" && !VARVE_TOOL_WITH_ASIO) return "built without Boost.Asio; install Boost 1.78 or newer and liburing, and build again";
+#if VARVE_TOOL_WITH_ASIO
+    if (part == "asio") {
+        static auto const refused = asio::sink::available();  // asked once: it sets up a ring
+        if (refused) return "the kernel refuses io_uring here, which Boost.Asio's files need: " + refused.message();
+    }
+#endif
     if (part == "posix" && !VARVE_TOOL_WITH_POSIX) return "built without the posix backend";
     if (part == "io_uring" && !VARVE_TOOL_WITH_URING) return "built without io_uring; install liburing and build again";
 #if VARVE_TOOL_WITH_URING && !VARVE_TOOL_WITH_POSIX

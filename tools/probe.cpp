@@ -32,6 +32,9 @@
 #if VARVE_TOOL_WITH_URING
 #include "varve/uring/sink.hpp"
 #endif
+#if VARVE_TOOL_WITH_ASIO
+#include "varve/asio/sink.hpp"
+#endif
 #if VARVE_TOOL_WITH_GDS
 #include "varve/cuda/memory.hpp"
 #include "varve/gds/sink.hpp"
@@ -271,6 +274,13 @@ nlohmann::json measure_limits(std::filesystem::path const& dir, [[maybe_unused]]
             ring->round(file, size_bytes, false);
         }
 #endif
+#if VARVE_TOOL_WITH_ASIO
+        std::optional<measured_sink<asio::sink>> lanes;
+        if (!asio::sink::available()) {
+            lanes.emplace(asio::sink());
+            lanes->round(file, size_bytes, false);
+        }
+#endif
         for (int i = 0; i < rounds; ++i) {
             say("round " + std::to_string(i + 1) + " of " + std::to_string(rounds));
 #if VARVE_TOOL_WITH_POSIX
@@ -281,6 +291,12 @@ nlohmann::json measure_limits(std::filesystem::path const& dir, [[maybe_unused]]
             if (ring) {
                 ring->round(file, size_bytes, true);
                 sinks["io_uring"] = ring->reached();
+            }
+#endif
+#if VARVE_TOOL_WITH_ASIO
+            if (lanes) {
+                lanes->round(file, size_bytes, true);
+                sinks["asio"] = lanes->reached();
             }
 #endif
         }

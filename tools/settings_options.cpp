@@ -158,7 +158,7 @@ std::vector<option_spec> make_specs() {
         whole("checkpoint-freq", "training", in_training(&t::checkpoint_freq), 1, trillion - 1, "steps from one checkpoint to the next (usual 5-50)"),
 
         whole("num-threads", "pccheck", in_pccheck(&p::num_threads), 1, 1024,
-              "posix: writes at once; io_uring: queue depth; digest workers, at most the cores (usual 4-16)"),
+              "posix: writes at once; io_uring, asio: queue depth; digest workers, at most the cores (usual 4-16)"),
         whole("max-async", "pccheck", in_pccheck(&p::max_async), 1, 1024, "saves in flight at most (usual 2-8)"),
         whole("buffer-size-mb", "pccheck", in_pccheck(&p::buffer_size_mb), 1, million,
               "MB (10^6 bytes) after which, at the latest, a layerwise save hands blocks to the sink (usual 20-200)"),

@@ -41,7 +41,7 @@ apt_install() {
 }
 
 # Boost 1.81 or newer: the distribution's default where that is new enough, or where a part of it is here already (two versions do not
-# live together, and 1.74 will do); else the packages that carry the number.
+# live together, and 1.74 will do for all but the backend asio); else the packages that carry the number.
 boost_packages() {
   local default
   default=$(apt-cache policy libboost-dev 2> /dev/null | awk '/Candidate:/ { print $2 }')

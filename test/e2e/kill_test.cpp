@@ -96,5 +96,9 @@ void kill_and_go_on(std::string const& method) {
 BOOST_AUTO_TEST_CASE(traditional_survives_kills) { kill_and_go_on("traditional"); }
 BOOST_AUTO_TEST_CASE(original_survives_kills) { kill_and_go_on("original"); }
 BOOST_AUTO_TEST_CASE(layerwise_survives_kills) { kill_and_go_on("layerwise"); }
+BOOST_AUTO_TEST_CASE(a_combination_with_asio_survives_kills) {
+    if (!runs_here("host+async+asio")) return skip("no Boost.Asio files here");
+    kill_and_go_on("host+async+asio");
+}
 
 }  // namespace varve_test

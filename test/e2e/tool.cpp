@@ -83,6 +83,8 @@ outcome running_tool::wait() {
 
 outcome run_tool(std::vector<std::string> const& args) { return running_tool(args).wait(); }
 
+bool runs_here(std::string const& method) { return run_tool({"bench", "--methods", method, "--dry-run"}).code == 0; }
+
 temporary_folder::temporary_folder() {
     auto pattern = (fs::temp_directory_path() / "varve-e2e-XXXXXX").string();
     if (!::mkdtemp(pattern.data())) throw std::runtime_error("no temporary folder");

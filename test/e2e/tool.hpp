@@ -40,6 +40,8 @@ private:
 };
 
 outcome run_tool(std::vector<std::string> const& args);
+/// Whether this build, on this machine, can run a method; a dry run tells.
+bool runs_here(std::string const& method);
 
 /// A folder that is gone with the object.
 class temporary_folder {

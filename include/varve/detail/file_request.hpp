@@ -15,6 +15,7 @@
 #include "varve/detail/open_file.hpp"
 #include "varve/error.hpp"
 #include "varve/state.hpp"
+#include "varve/system.hpp"
 
 namespace varve::detail {
 
@@ -58,11 +59,35 @@ struct file_piece {
     std::size_t end = 0;
     bool direct = false;
 
+    static constexpr std::size_t longest_ring_bytes = 1u << 30;  ///< of one entry of a ring, whose length has 32 bits
+
     bool over() const noexcept { return begin == end || request->error.load(std::memory_order_relaxed) != 0; }
     int fd() const noexcept { return direct ? request->what.direct_fd : request->what.buffered_fd; }
     std::byte* data() const noexcept { return request->what.data + begin; }
     std::size_t size() const noexcept { return end - begin; }
     off_t offset() const noexcept { return static_cast<off_t>(request->what.offset_bytes + begin); }
+
+    /// How much of what is left a ring may be given now: fewer where the seam tears it, or 0 and the errno that ends the piece.
+    std::size_t ring_bytes(system_calls& calls, int& error) noexcept {
+        std::size_t bytes = std::min(size(), longest_ring_bytes);
+        if (request->what.way == transfer::read) return bytes;
+        ssize_t allowed = 0;
+        do allowed = calls.ring_write(fd(), data(), bytes, offset());
+        while (allowed < 0 && (errno == EINTR || errno == EAGAIN));
+        if (allowed <= 0) {
+            error = allowed < 0 ? errno : EIO;
+            return 0;
+        }
+        bytes = std::min(bytes, static_cast<std::size_t>(allowed));
+        // What is torn inside a block of the disk cannot go direct.
+        if (direct && bytes % direct_alignment != 0) {
+            if (bytes < direct_alignment)
+                direct = false;
+            else
+                bytes -= bytes % direct_alignment;
+        }
+        return bytes;
+    }
 
     /// Takes what one call transferred or, below 0, its negative errno. Returns the errno that ends the piece, or 0.
     int take(std::int64_t result, seen_write_mode& mode) noexcept {
