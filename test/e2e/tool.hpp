@@ -17,7 +17,7 @@ struct outcome {
     std::string out, err;
 };
 
-/// The command in a process of its own.
+/// The command in a process of its own. bench and train run on the CPU unless the arguments name a device.
 class running_tool {
 public:
     explicit running_tool(std::vector<std::string> const& args);
@@ -42,6 +42,11 @@ private:
 outcome run_tool(std::vector<std::string> const& args);
 /// Whether this build, on this machine, can run a method; a dry run tells.
 bool runs_here(std::string const& method);
+
+/// Whether the command can train on a GPU here.
+bool tool_has_gpu();
+/// The same for a test that needs one; where there is none, the running test is skipped.
+bool have_tool_gpu();
 
 /// A folder that is gone with the object.
 class temporary_folder {
