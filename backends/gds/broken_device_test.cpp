@@ -19,7 +19,7 @@ BOOST_AUTO_TEST_CASE(a_cuda_error_in_mid_save_fails_the_save_and_keeps_the_one_b
     user_stream own;
     device_model model;
     varve::checkpointer<varve::gds::staging, varve::async<2>, varve::gds::sink> ck(
-        model.state(), varve::gds::staging(2 * varve::block_unit_bytes, varve::block_unit_bytes), {}, varve::gds::sink(), dir.path() / "store");
+        model.state(), varve::gds::staging(2 * varve::block_unit_bytes, varve::block_unit_bytes), {}, varve::gds::sink(), dir.path());
     for (std::size_t l = 0; l < model.layers(); ++l) model.update(l, 1, own.stream);
     BOOST_TEST(!ck.save(1, {}, {own.stream}).durable().wait());
     ck.before_update_all({own.stream});

@@ -54,7 +54,7 @@ void saves_and_comes_back(Scheduling scheduling, std::size_t pool_blocks, std::s
     device_model model(4, 3 * block + 77);
     user_stream own;
     varve::checkpointer<staging, Scheduling, sink> ck(model.state(), staging(pool_blocks * block, block, {.snapshots = snapshots}), scheduling,
-                                                      sink(), dir.path() / "store");
+                                                      sink(), dir.path());
     auto update = [&](std::uint64_t step) {
         for (std::size_t l = 0; l < model.layers(); ++l) {
             ck.before_update(l, {own.stream});
@@ -163,7 +163,7 @@ BOOST_AUTO_TEST_CASE(a_sync_that_fails_fails_the_save_and_not_the_next) {
     user_stream own;
     failing_calls calls;
     calls.on_sync = [](int n) { return n == 0 ? EIO : 0; };
-    varve::checkpointer<staging, varve::async<2>, sink> ck(model.state(), staging(4 * block, block), {}, sink({.calls = &calls}), dir.path() / "store");
+    varve::checkpointer<staging, varve::async<2>, sink> ck(model.state(), staging(4 * block, block), {}, sink({.calls = &calls}), dir.path());
     auto save = [&](std::uint64_t step) {
         ck.before_update_all({own.stream});
         for (std::size_t l = 0; l < model.layers(); ++l) model.update(l, step, own.stream);
