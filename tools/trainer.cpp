@@ -110,7 +110,8 @@ public:
         model_->to(device_);
         model_->train();
         optimizer_ = std::make_unique<::torch::optim::Adam>(model_->parameters(), ::torch::optim::AdamOptions(s.run.lr));
-        state_ = std::make_unique<libtorch::training_state>(*model_, *optimizer_, libtorch::training_state_options{.update = kind_of(chosen_update(s))});
+        state_ =
+            std::make_unique<libtorch::training_state>(*model_, *optimizer_, libtorch::training_state_options{.update = kind_of(chosen_update(s))});
 #if VARVE_TOOL_WITH_CUDA
         if (device_.is_cuda()) {
             events_ = std::make_shared<cuda::event_pool>(2);

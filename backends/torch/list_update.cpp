@@ -30,7 +30,8 @@ namespace {
 /// The kernels go through memory from its first byte to its last, whatever the strides: tensors must be dense and laid out alike.
 bool takes(::at::Tensor const& parameter) {
     auto const type = parameter.scalar_type();
-    return (type == ::at::kFloat || type == ::at::kDouble || type == ::at::kHalf || type == ::at::kBFloat16) && parameter.is_non_overlapping_and_dense();
+    return (type == ::at::kFloat || type == ::at::kDouble || type == ::at::kHalf || type == ::at::kBFloat16) &&
+           parameter.is_non_overlapping_and_dense();
 }
 
 bool laid_out_alike(::at::Tensor const& a, ::at::Tensor const& b) {
@@ -74,8 +75,12 @@ void fused_adam(adam_lists const& l, ::at::TensorList steps, adam_options const&
 
 #else
 
-[[noreturn]] void foreach_adam(adam_lists const&, std::int64_t, adam_options const&) { throw error(errc::unsupported, missing_update(update_kind::foreach, false)); }
-[[noreturn]] void fused_adam(adam_lists const&, ::at::TensorList, adam_options const&) { throw error(errc::unsupported, missing_update(update_kind::fused, false)); }
+[[noreturn]] void foreach_adam(adam_lists const&, std::int64_t, adam_options const&) {
+    throw error(errc::unsupported, missing_update(update_kind::foreach, false));
+}
+[[noreturn]] void fused_adam(adam_lists const&, ::at::TensorList, adam_options const&) {
+    throw error(errc::unsupported, missing_update(update_kind::fused, false));
+}
 
 #endif
 

@@ -361,7 +361,8 @@ training_state::training_state(::torch::nn::Module& module, ::torch::optim::Opti
     parts_->walk(module, "", state_);
     bool on_gpu = false;
     for (auto const& p : parts_->parameters) on_gpu = on_gpu || p.tensor.is_cuda();
-    if (auto why = missing_update(parts_->access->is_adam() ? options.update : update_kind::plain, on_gpu); !why.empty()) throw error(errc::unsupported, why);
+    if (auto why = missing_update(parts_->access->is_adam() ? options.update : update_kind::plain, on_gpu); !why.empty())
+        throw error(errc::unsupported, why);
     parts_->add_optimizer(state_);
     parts_->add_run(state_);
     auto const run = state_.layers.size() - 1;

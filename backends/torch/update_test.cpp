@@ -40,7 +40,8 @@ std::vector<named_optimizer> adams() {
     out.push_back({"adamw decay", with<AdamW>(AdamWOptions(1e-2).weight_decay(0.2).betas({0.8, 0.95}).eps(1e-6))});
     out.push_back({"two groups", [](std::vector<torch::Tensor> parameters) -> std::unique_ptr<Optimizer> {
                        auto const half = static_cast<std::ptrdiff_t>(parameters.size() / 2);
-                       std::vector<torch::Tensor> first(parameters.begin(), parameters.begin() + half), second(parameters.begin() + half, parameters.end());
+                       std::vector<torch::Tensor> first(parameters.begin(), parameters.begin() + half),
+                           second(parameters.begin() + half, parameters.end());
                        std::vector<OptimizerParamGroup> groups;
                        groups.emplace_back(std::move(first), std::make_unique<AdamOptions>(3e-2));
                        groups.emplace_back(std::move(second), std::make_unique<AdamOptions>(AdamOptions(1e-3).weight_decay(0.1)));
@@ -128,13 +129,15 @@ BOOST_AUTO_TEST_CASE(every_kind_computes_what_the_plain_update_does_but_for_roun
         for (auto const& which : adams()) BOOST_TEST_CONTEXT(kind.name << " " << which.name) {
                 for_both_models([&](auto tag) {
                     using model = typename decltype(tag)::type;
-                    auto const plain = trained<model>(which.make, {}, how::whole), fast = trained<model>(which.make, {.update = kind.kind}, how::whole);
+                    auto const plain = trained<model>(which.make, {}, how::whole),
+                               fast = trained<model>(which.make, {.update = kind.kind}, how::whole);
                     for (std::size_t i = 0; i < plain.losses.size(); ++i) BOOST_TEST(std::abs(plain.losses[i] - fast.losses[i]) < 1e-3);
                     // Where a gradient is rounding alone (a bias before a batch norm, those of the attention's keys), Adam makes whole steps of it.
                     BOOST_REQUIRE(plain.state.size() == fast.state.size());
                     for (std::size_t i = 0; i < plain.state.size(); ++i) {
                         BOOST_TEST(plain.state[i].first == fast.state[i].first);
-                        if (plain.state[i].first.ends_with(".step")) BOOST_TEST((plain.state[i].second == fast.state[i].second), plain.state[i].first);
+                        if (plain.state[i].first.ends_with(".step"))
+                            BOOST_TEST((plain.state[i].second == fast.state[i].second), plain.state[i].first);
                     }
                     std::size_t far = 0;
                     for (std::size_t i = 0; i < plain.parameters.size(); ++i)
@@ -335,7 +338,8 @@ BOOST_AUTO_TEST_CASE(a_kind_that_this_LibTorch_lacks_is_refused_with_a_word) {
         BOOST_TEST(why.find("take plain") != std::string::npos);
         odd_model model;
         torch::optim::Adam optimizer(unique_parameters(model));
-        BOOST_CHECK_EXCEPTION(training_state(model, optimizer, {.update = kind}), varve::error, [](auto const& e) { return has_code(e, varve::errc::unsupported); });
+        BOOST_CHECK_EXCEPTION(training_state(model, optimizer, {.update = kind}), varve::error,
+                              [](auto const& e) { return has_code(e, varve::errc::unsupported); });
     }
 }
 

@@ -10,7 +10,8 @@ namespace varve_test {
 /// the calling thread alone: with other threads in the process (LibTorch's on a GPU) a command that fails would end the
 /// test by a jump out of the wrong thread.
 inline int shell(std::string const& command) {
-    struct ::sigaction plain {}, before {};
+    using action = struct ::sigaction;
+    action plain{}, before{};
     plain.sa_handler = SIG_DFL;
     ::sigaction(SIGCHLD, &plain, &before);
     auto const status = std::system(command.c_str());

@@ -25,7 +25,7 @@ namespace varve::libtorch {
 class layerwise_updater;
 
 struct training_state_options {
-    bool rng = true;  ///< whether LibTorch's default CPU generator is part of the state
+    bool rng = true;                          ///< whether LibTorch's default CPU generator is part of the state
     update_kind update = update_kind::plain;  ///< how whole_step and layerwise_step update Adam and AdamW
     std::size_t update_groups = 8;            ///< into how many parts layerwise_step cuts an update that is not plain, about
 };
@@ -47,8 +47,8 @@ struct training_state_options {
 ///     varve::checkpointer ck(training.state(), ...);
 class training_state {
 public:
-    /// Throws error with errc::unsupported for another optimizer, for an update that this LibTorch does not have, for tensors that no checkpoint can hold (sparse,
-    /// quantized, a dtype without a name) and for parameters of the optimizer that the module does not have.
+    /// Throws error with errc::unsupported for another optimizer, for an update that this LibTorch does not have, for tensors that no checkpoint can
+    /// hold (sparse, quantized, a dtype without a name) and for parameters of the optimizer that the module does not have.
     training_state(::torch::nn::Module& module, ::torch::optim::Optimizer& optimizer, training_state_options options = {});
     ~training_state();
 
