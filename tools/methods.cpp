@@ -107,6 +107,7 @@ public:
     }
 
     bool updates_by_layer() const override { return by_layer_; }
+    bool waits_at_seal() const override { return Checkpointer::waits_at_seal; }
     ticket begin(std::uint64_t step) override { return ck_.begin(step); }
     void before_update() override { ck_.before_update_all(order()); }
     void before_update(std::size_t layer) override { ck_.before_update(layer, order()); }

@@ -64,6 +64,7 @@ public:
     virtual ~running_method() = default;
 
     virtual bool updates_by_layer() const = 0;  ///< whether layers should be updated one by one on a step with a save
+    virtual bool waits_at_seal() const = 0;     ///< whether seal waits for the copies, or for the disk
     virtual ticket begin(std::uint64_t step) = 0;
     virtual void before_update() = 0;
     virtual void before_update(std::size_t layer) = 0;

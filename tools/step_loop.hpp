@@ -37,6 +37,8 @@ inline std::optional<ticket> update_and_save(trainer& t, running_method* method,
         t.update();
         return std::nullopt;
     }
+    // A save that training waits for does not begin with the rest of the backward pass: that is the step's time.
+    if (due && method->waits_at_seal()) t.synchronize();
     if (due) method->begin(step);
     if (due && method->updates_by_layer()) {
         phase in_update("update by layer");

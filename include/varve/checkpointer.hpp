@@ -52,6 +52,8 @@ class checkpointer {
 public:
     using order_type = typename Staging::order_type;
     static constexpr bool streams = !fixed_layout_format<Format>;
+    /// Whether seal waits for more than its own bookkeeping.
+    static constexpr bool waits_at_seal = streams || Scheduling::waits != seal_wait::nothing;
 
     /// For sinks without files. `s`, and whatever the observers refer to, outlives the checkpointer.
     checkpointer(state& s, Staging staging, Scheduling scheduling, Sink sink, checkpointer_options options = {}, Format format = Format{})

@@ -73,6 +73,29 @@ BOOST_AUTO_TEST_CASE(every_method_has_the_losses_of_a_run_without_checkpoints) {
     BOOST_TEST(losses.size() == 12u);
 }
 
+BOOST_AUTO_TEST_CASE(every_method_has_the_same_losses_and_bits_with_the_other_kernels_of_the_update) {
+    for (std::string const update : {"foreach", "fused"}) {
+        if (!has_update(update)) {
+            skip("this LibTorch has no " + update + " update");
+            continue;
+        }
+        temporary_folder folder;
+        auto const r = run_tool(joined({"bench", "--output-dir", folder.path().string(), "--update", update, "--device", "cpu", "--methods",
+                                        "traditional", "original", "layerwise"},
+                                       tiny_model({"--num-steps", "12", "--checkpoint-freq", "5", "--warmup", "1"})));
+        BOOST_TEST_REQUIRE(r.code == 0, r.err);
+        auto const document = read_json(result_in(folder.path()));
+        BOOST_TEST(document.at("/config/run/update"_json_pointer) == update);
+        auto const& results = document.at("results");
+        auto const expected = results.at("No Checkpoint").at("final_loss");
+        BOOST_TEST(results.size() == 4u);
+        for (auto const& [key, result] : results.items()) {
+            BOOST_TEST((result.at("final_loss") == expected), key);
+            if (key != "No Checkpoint") BOOST_TEST(result.at("/restore/bit_exact"_json_pointer).get<bool>(), key);
+        }
+    }
+}
+
 BOOST_AUTO_TEST_CASE(the_result_has_every_key_and_no_null) {
     auto const& c = shared_comparison();
     BOOST_TEST_REQUIRE(c.run.code == 0, c.run.err);

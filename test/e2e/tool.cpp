@@ -150,6 +150,8 @@ std::vector<std::string> tiny_model(std::vector<std::string> const& more) {
                   more);
 }
 
+bool has_update(std::string const& name) { return run_tool({"bench", "--dry-run", "--device", "cpu", "--update", name}).code == 0; }
+
 std::size_t line_count(std::string const& text) { return static_cast<std::size_t>(std::count(text.begin(), text.end(), '\n')); }
 
 }  // namespace varve_test

@@ -75,6 +75,9 @@ std::string newest_file(std::filesystem::path const& store);
 std::vector<std::string> tiny_model(std::vector<std::string> const& more = {});
 std::vector<std::string> joined(std::vector<std::string> first, std::vector<std::string> const& second);
 
+/// Whether the tool's LibTorch has that update on a CPU.
+bool has_update(std::string const& name);
+
 std::size_t line_count(std::string const& text);
 
 }  // namespace varve_test

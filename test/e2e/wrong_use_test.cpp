@@ -65,7 +65,9 @@ BOOST_AUTO_TEST_CASE(what_is_not_built_is_said) {
     refused({"bench", "--use-monitor"}, "monitor is not built");
     refused({"bench", "--scenario", "monitor"}, "monitor is not built");
     refused({"bench", "--device", "cuda"}, "no CUDA");
-    refused({"bench", "--update", "fused"}, "plain");
+    refused({"bench", "--update", "fast"}, "plain, foreach or fused");
+    if (!has_update("fused")) refused({"bench", "--update", "fused"}, "take plain");
+    if (!has_update("foreach")) refused({"train", "--method", "layerwise", "--dir", "/tmp/x", "--update", "foreach"}, "take plain");
     refused({"bench", "--gpu-snapshot", "on"}, "no CUDA");
     refused({"bench", "--methods", "nonsense"}, "unknown method 'nonsense'");
     if (!runs_here("host+async+asio")) refused({"bench", "--methods", "host+async+asio"}, "method host+async+asio: ");
