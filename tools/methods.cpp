@@ -110,8 +110,8 @@ public:
     bool waits_at_seal() const override { return Checkpointer::waits_at_seal; }
     ticket begin(std::uint64_t step) override { return ck_.begin(step); }
     void before_update() override { ck_.before_update_all(order()); }
-    void before_update(std::size_t layer) override { ck_.before_update(layer, order()); }
-    void layer_ready(std::size_t layer) override { ck_.layer_ready(layer, order()); }
+    void before_update_of(std::size_t first, std::size_t last) override { ck_.before_update_of(first, last, order()); }
+    void layers_ready(std::size_t first, std::size_t last) override { ck_.layers_ready(first, last, order()); }
     ticket seal(metadata_map metadata) override { return ck_.seal(std::move(metadata), order()); }
     void drain() override { ck_.drain(); }
     stall_times stalls() const override { return ck_.stalls(); }

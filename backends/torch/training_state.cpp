@@ -21,7 +21,7 @@ namespace varve::libtorch {
 
 namespace {
 
-/// By name, since LibTorch 1.13 has not all of them.
+/// By name, since LibTorch 1.13 has not all of them; looked up once, since every save asks for every tensor.
 std::optional<varve::dtype> dtype_of(::at::Tensor const& t) noexcept {
     static constexpr std::array<std::pair<std::string_view, varve::dtype>, 16> names{{{"Bool", dtype::BOOL},
                                                                                       {"Byte", dtype::U8},
@@ -39,10 +39,16 @@ std::optional<varve::dtype> dtype_of(::at::Tensor const& t) noexcept {
                                                                                       {"Double", dtype::F64},
                                                                                       {"Long", dtype::I64},
                                                                                       {"UInt64", dtype::U64}}};
-    std::string_view const wanted = ::c10::toString(t.scalar_type());
-    auto it = std::find_if(names.begin(), names.end(), [&](auto const& n) { return n.first == wanted; });
-    if (it == names.end()) return std::nullopt;
-    return it->second;
+    static auto const known = [] {
+        std::array<std::optional<varve::dtype>, static_cast<std::size_t>(::at::ScalarType::NumOptions)> by_type;
+        for (std::size_t i = 0; i < by_type.size(); ++i) {
+            std::string_view const wanted = ::c10::toString(static_cast<::at::ScalarType>(i));
+            auto it = std::find_if(names.begin(), names.end(), [&](auto const& n) { return n.first == wanted; });
+            if (it != names.end()) by_type[i] = it->second;
+        }
+        return by_type;
+    }();
+    return known.at(static_cast<std::size_t>(t.scalar_type()));
 }
 
 varve::tensor described(std::string name, ::at::Tensor const& t) {
@@ -119,6 +125,7 @@ struct training_state::parts {
     std::vector<fixed> parameters;
     std::vector<mirrored> mirrors;
     std::vector<optimized> of_optimizer;
+    std::vector<std::vector<std::size_t>> mirrors_of_layer, optimized_of_layer;  ///< indices in the two above
     std::vector<option> group_options;
     std::vector<bound<std::int64_t>> user_integers;
     std::vector<bound<double>> user_reals;
@@ -149,6 +156,8 @@ void training_state::parts::mirror(std::string name, ::at::Tensor const& live, s
     auto as = described(name, live);
     auto copy = live.detach().clone(::at::MemoryFormat::Contiguous);
     s.layers[layer].tensors.push_back(described(std::move(name), copy));
+    mirrors_of_layer.resize(s.layers.size());
+    mirrors_of_layer[layer].push_back(mirrors.size());
     mirrors.push_back({live, std::move(copy), layer, std::move(as)});
 }
 
@@ -221,6 +230,8 @@ void training_state::parts::add_optimizer(varve::state& s) {
                 o.set = &flags.emplace_back(o.used ? 1 : 0);
                 tensors.push_back(scalar("optimizer." + name + "." + o.state.tensors[0].name + ".set", dtype::BOOL, o.set));
             }
+            optimized_of_layer.resize(s.layers.size());
+            optimized_of_layer[layer].push_back(of_optimizer.size());
             of_optimizer.push_back(std::move(o));
         }
     }
@@ -251,6 +262,8 @@ void training_state::parts::add_run(varve::state& s) {
             group_options.push_back({std::move(o), copy});
         }
     for (auto& [name, buffer] : std::exchange(ownerless, {})) mirror(std::move(name), buffer, run, s);
+    mirrors_of_layer.resize(s.layers.size());
+    optimized_of_layer.resize(s.layers.size());
 }
 
 std::unique_ptr<layerwise_updater::lists> training_state::parts::lists(varve::state const& s) const {
@@ -292,10 +305,9 @@ std::error_code training_state::parts::recheck(varve::state const& s) const {
 
 void training_state::parts::refresh(std::size_t layer, std::size_t run) {
     ::at::NoGradGuard no_grad;
-    for (auto& m : mirrors)
-        if (m.layer == layer) m.copy.copy_(m.live);
-    for (auto& o : of_optimizer) {
-        if (o.layer != layer) continue;
+    for (auto i : mirrors_of_layer[layer]) mirrors[i].copy.copy_(mirrors[i].live);
+    for (auto i : optimized_of_layer[layer]) {
+        auto& o = of_optimizer[i];
         if (o.step) *o.step = access->step(o.key);
         if (!o.set) continue;
         auto now = access->now(o.key, o.state);
