@@ -47,7 +47,5 @@ std::unique_ptr<stream> make_stream(boost::asio::any_io_executor executor, file_
 /// Low latency, and a peer that is gone without a word is found within 15 seconds. Source: tcp(7).
 void set_tcp_options(int descriptor) noexcept;
 
-/// TCP without certificates stays on this machine.
-bool is_loopback(struct sockaddr const* address) noexcept;
 
 }  // namespace varve::asio::transport

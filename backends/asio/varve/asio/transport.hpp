@@ -106,7 +106,7 @@ public:
 
 private:
     class impl;
-    std::unique_ptr<impl> impl_;
+    std::shared_ptr<impl> impl_;
 };
 
 }  // namespace varve::asio
