@@ -93,6 +93,7 @@ public:
         }
         ticket.reach(goal::written);
         observers_.on({.what = milestone::written, .step = step, .bytes = bytes_});
+        ticket.reach(goal::crash_safe);
         ticket.reach(goal::durable, durable_ ? std::error_code{} : make_error_code(errc::unsupported));
         if (durable_) observers_.on({.what = milestone::durable, .step = step, .bytes = bytes_});
     }
