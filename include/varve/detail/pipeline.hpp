@@ -557,9 +557,9 @@ private:
             try {
                 if (files_) {
                     job->file = files_->acquire();
-                    job->target.emplace(sink_.open({files_->folder(), job->file->name, image_.size_bytes}));
+                    job->target.emplace(sink_.open({files_->folder(), job->file->name, image_.size_bytes, job->step()}));
                 } else {
-                    job->target.emplace(sink_.open({-1, {}, image_.size_bytes}));
+                    job->target.emplace(sink_.open({-1, {}, image_.size_bytes, job->step()}));
                 }
             } catch (error const& e) {
                 failed = e.code();

@@ -62,7 +62,7 @@ public:
         bool synced = true;
         try {
             if (files_) file = files_->acquire();
-            target.emplace(sink_.open({files_ ? files_->folder() : -1, file ? file->name : std::string(), 0}));
+            target.emplace(sink_.open({files_ ? files_->folder() : -1, file ? file->name : std::string(), 0, step}));
             sequence_ = files_ ? files_->next_sequence() : sequence_ + 1;
             observers_.on({.what = milestone::write, .step = step});
             target_stream out(*target);

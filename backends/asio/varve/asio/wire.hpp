@@ -150,7 +150,8 @@ struct pong {
 
 // ---- from the monitor ----
 
-/// The answer to HELLO. Steps are 0 where there is none.
+/// The answer to HELLO, once nothing of an earlier connection of this store reads its pool any more: what was on loan to
+/// that one is the trainer's again. Steps are 0 where there is none.
 struct welcome {
     static constexpr auto type = message::welcome;
     std::uint32_t version = wire::version;
@@ -289,9 +290,17 @@ public:
         ++next_;
     }
 
+    /// The number of the frame that comes next.
+    std::uint64_t next() const noexcept { return next_; }
+
 private:
     std::uint64_t next_ = 0;
 };
+
+/// Gives a frame another number: for who writes frames before their order is known.
+inline void set_number(std::span<std::byte> frame, std::uint64_t number) noexcept {
+    for (unsigned i = 0; i < 8; ++i) frame[16 + i] = static_cast<std::byte>(number >> 8 * i);
+}
 
 /// Checks the headers of frames from one peer. The payload must be read only after the header was accepted.
 class frame_reader {
