@@ -25,7 +25,7 @@ namespace {
 using clock = std::chrono::steady_clock;
 
 [[noreturn]] void refuse_address(std::string_view text, std::string const& why) {
-    throw error(std::make_error_code(std::errc::invalid_argument), "'" + detail::printable(text) + "' is no address: " + why);
+    throw error(std::make_error_code(std::errc::invalid_argument), "'" + varve::detail::printable(text) + "' is no address: " + why);
 }
 
 /// Waits until the socket is ready or the time is over; returns 0 or an errno.
@@ -92,7 +92,7 @@ sockaddr_un unix_address(std::filesystem::path const& path) {
     out.sun_family = AF_UNIX;
     auto const& text = path.native();
     if (text.size() >= sizeof out.sun_path)
-        throw error(std::make_error_code(std::errc::filename_too_long), "unix:" + detail::printable(text) + ": the path of a socket has at most " +
+        throw error(std::make_error_code(std::errc::filename_too_long), "unix:" + varve::detail::printable(text) + ": the path of a socket has at most " +
                                                                             std::to_string(sizeof out.sun_path - 1) + " bytes; give a shorter one");
     std::memcpy(out.sun_path, text.data(), text.size());
     return out;
@@ -105,7 +105,7 @@ resolved_addresses resolve(address const& a, bool to_listen) {
     addrinfo* found = nullptr;
     int const result = ::getaddrinfo(a.host.c_str(), std::to_string(a.port).c_str(), &hints, &found);
     if (result != 0)
-        throw error(std::make_error_code(std::errc::address_not_available), detail::printable(a.text()) + ": " + ::gai_strerror(result) + "; check the host's name");
+        throw error(std::make_error_code(std::errc::address_not_available), varve::detail::printable(a.text()) + ": " + ::gai_strerror(result) + "; check the host's name");
     return resolved_addresses(found, ::freeaddrinfo);
 }
 
@@ -122,7 +122,7 @@ static bool is_loopback(sockaddr const* address) noexcept {
 void expect_loopback(address const& a, sockaddr const* found) {
     if (is_loopback(found)) return;
     throw error(std::make_error_code(std::errc::operation_not_permitted),
-                detail::printable(a.text()) + ": not a loopback address, and TCP without TLS stays on one machine; give --cert, --key and --ca");
+                varve::detail::printable(a.text()) + ": not a loopback address, and TCP without TLS stays on one machine; give --cert, --key and --ca");
 }
 
 }  // namespace transport
@@ -131,7 +131,7 @@ std::unique_ptr<stream> connect(boost::asio::any_io_executor executor, address c
                                 std::chrono::milliseconds limit) {
     auto const until = clock::now() + limit;
     auto fail = [&](std::error_code why) -> std::unique_ptr<stream> {
-        throw error(why, "cannot connect to the monitor at " + detail::printable(to.text()) + ": " + why.message());
+        throw error(why, "cannot connect to the monitor at " + varve::detail::printable(to.text()) + ": " + why.message());
     };
     file_descriptor fd;
     if (to.is_unix()) {

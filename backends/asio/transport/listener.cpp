@@ -23,7 +23,7 @@ constexpr int backlog = 64;
 
 [[noreturn]] void fail(address const& at, int error_number, std::string const& advice) {
     auto const code = last_system_error(error_number);
-    throw error(code, "cannot listen at " + detail::printable(at.text()) + ": " + code.message() + "; " + advice);
+    throw error(code, "cannot listen at " + varve::detail::printable(at.text()) + ": " + code.message() + "; " + advice);
 }
 
 /// Keeps others from taking the same path while a dead monitor's socket is looked at and replaced.

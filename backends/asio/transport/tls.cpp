@@ -32,7 +32,7 @@ std::shared_ptr<tls_context const> load_tls(tls_files const& files, bool server)
         boost::system::error_code ec;
         load(file.string(), ec);
         if (ec)
-            throw error(std::make_error_code(std::errc::invalid_argument), detail::printable(file.string()) + " is no usable " + what + " (PEM): " + ec.message());
+            throw error(std::make_error_code(std::errc::invalid_argument), varve::detail::printable(file.string()) + " is no usable " + what + " (PEM): " + ec.message());
     };
     use(files.authority, "certificate of an authority", [&](auto const& f, auto& ec) { context.load_verify_file(f, ec); });
     use(files.certificate, "certificate", [&](auto const& f, auto& ec) { context.use_certificate_chain_file(f, ec); });
