@@ -1,6 +1,6 @@
 // How fast each file sink overwrites a file that was written before: `sink_write [FILE] [key=value ...]`.
 // Prints one line a run: the sink's name, GB/s, and how it wrote. bench/sink_vs_fio compares it with fio.
-//   mb=256 block_mb=8 depth=8 repeat=3 sink=posix|uring|all threads=N stripe_kb=N piece_kb=N registered=1 keep=0
+//   mb=256 block_mb=8 depth=8 repeat=3 sink=posix|uring|asio|all threads=N stripe_kb=N piece_kb=N registered=1 keep=0
 
 #include <algorithm>
 #include <chrono>
@@ -26,6 +26,9 @@
 #endif
 #if __has_include("varve/uring/sink.hpp")
 #include "varve/uring/sink.hpp"
+#endif
+#if __has_include("varve/asio/sink.hpp")
+#include "varve/asio/sink.hpp"
 #endif
 
 namespace {
@@ -130,6 +133,18 @@ int main(int argc, char** argv) try {
             o.queue_depth = static_cast<unsigned>(p.number("queue", o.queue_depth));
             o.piece_bytes = p.number("piece_kb", o.piece_bytes >> 10) << 10;
             run("uring", varve::uring::sink(o), p);
+        }
+    }
+#endif
+#if __has_include("varve/asio/sink.hpp")
+    if (wanted("asio")) {
+        if (auto refused = varve::asio::sink::available()) {
+            std::printf("asio skipped: %s\n", refused.message().c_str());
+        } else {
+            varve::asio::sink_options o;
+            o.queue_depth = static_cast<unsigned>(p.number("queue", o.queue_depth));
+            o.piece_bytes = p.number("piece_kb", o.piece_bytes >> 10) << 10;
+            run("asio", varve::asio::sink(o), p);
         }
     }
 #endif

@@ -65,6 +65,7 @@ public:
         document["config"] = to_json(settings_);
         document["config"]["run"]["checkpoint_dir"] = checkpoints.string();
         document["config"]["run"]["device"] = chosen_device(settings_);  // what auto came to
+        document["config"]["run"]["update"] = chosen_update(settings_);
         document["config"]["effective"] = compared.effective;
         document["config"]["command"] = command_;
         if (!limits_.is_null()) document["limits"] = limits_;

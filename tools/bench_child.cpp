@@ -14,11 +14,15 @@
 #include "events_file.hpp"
 #include "measure.hpp"
 #include "methods.hpp"
+#include "phase.hpp"
 #include "process.hpp"
 #include "progress.hpp"
 #include "signals.hpp"
 #include "step_loop.hpp"
 #include "trainer.hpp"
+#if VARVE_TOOL_WITH_CUDA_RUNTIME
+#include "varve/cuda/nvtx_observer.hpp"
+#endif
 
 namespace varve::tool {
 
@@ -51,6 +55,9 @@ public:
         if (!settings_.run.events.empty()) events_.emplace(settings_.run.events, name_);
         observers_.add(recorder_);
         if (events_) observers_.add(*events_);
+#if VARVE_TOOL_WITH_CUDA_RUNTIME
+        if (profile_.attached()) observers_.add(profile_);
+#endif
         if (name_ != "none") entry_ = &runnable_method(name_);
     }
 
@@ -90,6 +97,7 @@ private:
         auto m = method_settings_of(settings_, observers_);
         m.dir = store_;
         m.made_by = "varve bench";
+        m.measure_waits = true;
         if (!prepare) m.prepare = prepare_mode::none;
         m.wait_for_preparation = prepare;
         return entry_->start(t.training(), m);
@@ -120,7 +128,10 @@ private:
         for (std::uint64_t step = 1; step <= steps && !r.stopped; ++step) {
             auto const before = stalls();
             auto const step_start = clock::now();
-            r.loss = t.forward_backward(step);
+            {
+                phase in_passes("forward and backward");
+                r.loss = t.forward_backward(step);
+            }
             if (events_) events_->step(step, r.loss);
             r.stopped = stop_signals::requested();
             bool const due = step % freq == 0 || (r.stopped && method);
@@ -261,6 +272,9 @@ private:
     method_entry const* entry_ = nullptr;
     save_recorder recorder_;
     std::optional<events_file> events_;
+#if VARVE_TOOL_WITH_CUDA_RUNTIME
+    cuda::nvtx_observer profile_;
+#endif
     observer_list observers_;
     std::vector<double> latency_ms_;
 };

@@ -23,10 +23,17 @@
 #if VARVE_TOOL_WITH_URING
 #include "varve/uring/sink.hpp"
 #endif
+#if VARVE_TOOL_WITH_ASIO
+#include "varve/asio/sink.hpp"
+#endif
 #if VARVE_TOOL_WITH_CUDA
 #include "varve/cuda/pinned_staging.hpp"
 #include "varve/cuda/transfer.hpp"
 #include "varve/torch/cuda_stream.hpp"
+#endif
+#if VARVE_TOOL_WITH_CUDA && VARVE_TOOL_WITH_GDS
+#include "varve/gds/sink.hpp"
+#include "varve/gds/staging.hpp"
 #endif
 #if VARVE_TOOL_WITH_TORCH
 #include "varve/torch/archive.hpp"
@@ -95,10 +102,12 @@ public:
         if constexpr (requires { ck_.staging().describe(); }) {
             if (!Checkpointer::streams) facts_.staging = ck_.staging().describe();
             facts_.device_bytes = ck_.staging().snapshot_bytes();
+            if constexpr (requires { ck_.staging().gpu_bytes(); }) facts_.device_bytes = ck_.staging().gpu_bytes();
         }
     }
 
     bool updates_by_layer() const override { return by_layer_; }
+    bool waits_at_seal() const override { return Checkpointer::waits_at_seal; }
     ticket begin(std::uint64_t step) override { return ck_.begin(step); }
     void before_update() override { ck_.before_update_all(order()); }
     void before_update(std::size_t layer) override { ck_.before_update(layer, order()); }
@@ -133,25 +142,25 @@ private:
 
 template <class Staging>
 Staging make_staging(std::uint64_t pool_bytes, std::uint64_t block_bytes, [[maybe_unused]] method_settings const& s) {
-    if constexpr (Staging::memory == memory_kind::pinned)
-        return Staging(pool_bytes, block_bytes, {.snapshots = s.snapshots});
+    if constexpr (Staging::memory != memory_kind::host)
+        return Staging(pool_bytes, block_bytes, {.snapshots = s.snapshots, .measure_waits = s.measure_waits});
     else
         return Staging(pool_bytes, block_bytes);
 }
 
-/// Puts the parts together: the block's size follows from the sink and --buffer-size-mb, the pool's from the image; page-locked
-/// pools are 8 blocks of 32 MB.
+/// Puts the parts together: the block's size follows from the sink and --buffer-size-mb, the pool's from the image; pools for a
+/// GPU are 8 blocks of 32 MB.
 template <class Staging, class Scheduling, class Sink>
 std::unique_ptr<running_method> start_with(libtorch::training_state& training, method_settings const& s, Scheduling scheduling, Sink sink,
                                            method_facts facts, std::size_t writing_at_once) {
     constexpr bool by_layer = Scheduling::copies == copy_moment::at_layer_ready;
-    constexpr bool pinned = Staging::memory == memory_kind::pinned;
-    std::uint64_t block_bytes = pinned ? std::uint64_t{32} << 20 : sink.limits().best_block_bytes;
+    constexpr bool for_gpu = Staging::memory != memory_kind::host;
+    std::uint64_t block_bytes = for_gpu ? std::uint64_t{32} << 20 : sink.limits().best_block_bytes;
     if (by_layer && s.buffer_bytes != 0)
         block_bytes = std::clamp<std::uint64_t>(s.buffer_bytes / block_unit_bytes * block_unit_bytes, block_unit_bytes, block_bytes);
     auto image_bytes = safetensors{}.lay_out(training.state()).size_bytes;
-    auto pool_bytes = s.pool_bytes != 0 ? s.pool_bytes : pinned ? 8 * block_bytes : (image_bytes + block_bytes - 1) / block_bytes * block_bytes;
-    auto staging = make_staging<Staging>(std::min(pool_bytes, largest_pool_bytes()), block_bytes, s);
+    auto pool_bytes = s.pool_bytes != 0 ? s.pool_bytes : for_gpu ? 8 * block_bytes : (image_bytes + block_bytes - 1) / block_bytes * block_bytes;
+    auto staging = make_staging<Staging>(Staging::memory == memory_kind::device ? pool_bytes : std::min(pool_bytes, largest_pool_bytes()), block_bytes, s);
     facts.writing_at_once = writing_at_once;
     facts.digest_workers = digest_workers(s);
     using checkpointer_type = checkpointer<Staging, Scheduling, Sink>;
@@ -171,8 +180,10 @@ template <class Staging, class Sink>
 std::unique_ptr<running_method> start_staging(libtorch::training_state& training, method_settings const& s, std::string_view scheduling, Sink sink,
                                               std::string const& sink_name, bool all_write) {
     method_facts facts;
-    facts.combination = std::string(Staging::memory == memory_kind::pinned ? "pinned+" : "host+") + std::string(scheduling) + "+" + sink_name;
-    facts.writer_threads = sink_name == "posix" ? std::max(1u, s.num_threads) : 0;
+    constexpr auto memory = Staging::memory;
+    facts.combination = std::string(memory == memory_kind::device ? "gds+" : memory == memory_kind::pinned ? "pinned+" : "host+") +
+                        std::string(scheduling) + "+" + sink_name;
+    facts.writer_threads = sink_name == "posix" || sink_name == "cufile" ? std::max(1u, s.num_threads) : 0;
     auto n = std::max<std::size_t>(1, s.max_async);
     if (scheduling == "sync") return start_with<Staging>(training, s, sync{}, std::move(sink), std::move(facts), 1);
     if (scheduling == "async") return start_with<Staging>(training, s, async<dynamic>(n), std::move(sink), std::move(facts), all_write ? n : 1);
@@ -223,12 +234,23 @@ std::unique_ptr<running_method> start_traditional(libtorch::training_state& trai
 
 std::unique_ptr<running_method> start_combination(libtorch::training_state& training, method_settings const& s, std::string const& staging,
                                                   std::string const& scheduling, std::string const& sink) {
+#if VARVE_TOOL_WITH_CUDA && VARVE_TOOL_WITH_GDS
+    if (staging == "gds" && sink == "null") return start_staging<gds::staging>(training, s, scheduling, null_sink{}, sink, false);
+    if (staging == "gds") {
+        // Asked only now: cuFile's driver and the GPU's context stay with the process that asks.
+        if (auto why = gds::sink::available()) throw usage_error("gds+" + scheduling + "+" + sink + ": cuFile does not start here: " + why.message());
+        return start_staging<gds::staging>(training, s, scheduling, gds::sink({.writer_threads = std::max(1u, s.num_threads)}), sink, false);
+    }
+#endif
     if (sink == "null") return start_scheduling(training, s, staging, scheduling, null_sink{}, sink);
     if (sink == "memory") return start_scheduling(training, s, staging, scheduling, memory_sink{}, sink);
 #if VARVE_TOOL_WITH_URING
     // posix takes over only where the ring itself is refused; the facts say what ran.
     if (sink == "io_uring" && !uring::sink::available())
         return start_scheduling(training, s, staging, scheduling, uring::sink({.queue_depth = std::max(1u, s.num_threads)}), sink);
+#endif
+#if VARVE_TOOL_WITH_ASIO
+    if (sink == "asio") return start_scheduling(training, s, staging, scheduling, asio::sink({.queue_depth = std::max(1u, s.num_threads)}), sink);
 #endif
 #if VARVE_TOOL_WITH_POSIX
     return start_scheduling(training, s, staging, scheduling, posix_sink(s), "posix");
@@ -245,8 +267,17 @@ std::string missing_part(std::string const& part) {
 #if VARVE_TOOL_WITH_CUDA
     if (int gpus = 0; part == "pinned" && (cuda::code_of(::cudaGetDeviceCount(&gpus)) || gpus == 0)) return "pinned staging needs a GPU, and there is none here";
 #endif
-    if (part == "gds") return "GPUDirect staging needs a GPU backend, which this varve does not have";
-    if (part == "asio") return "the Asio sink is not part of this varve";
+    if (part == "gds" && !(VARVE_TOOL_WITH_CUDA && VARVE_TOOL_WITH_GDS)) return "GPUDirect staging needs a GPU backend, which this varve does not have";
+#if VARVE_TOOL_WITH_CUDA && VARVE_TOOL_WITH_GDS
+    if (int gpus = 0; part == "gds" && (cuda::code_of(::cudaGetDeviceCount(&gpus)) || gpus == 0)) return "GPUDirect staging needs a GPU, and there is none here";
+#endif
+    if (part == "asio" && !VARVE_TOOL_WITH_ASIO) return "built without Boost.Asio; install Boost 1.78 or newer and liburing, and build again";
+#if VARVE_TOOL_WITH_ASIO
+    if (part == "asio") {
+        static auto const refused = asio::sink::available();  // asked once: it sets up a ring
+        if (refused) return "the kernel refuses io_uring here, which Boost.Asio's files need: " + refused.message();
+    }
+#endif
     if (part == "posix" && !VARVE_TOOL_WITH_POSIX) return "built without the posix backend";
     if (part == "io_uring" && !VARVE_TOOL_WITH_URING) return "built without io_uring; install liburing and build again";
 #if VARVE_TOOL_WITH_URING && !VARVE_TOOL_WITH_POSIX
@@ -261,6 +292,8 @@ method_entry combination(std::string const& staging, std::string const& scheduli
     e.name = e.result_key = staging + "+" + scheduling + "+" + sink;
     e.description = staging + " staging, " + scheduling + " scheduling, " + sink + " sink";
     e.missing = missing_part(staging);
+    if (e.missing.empty() && staging == "gds" && sink != "cufile" && sink != "null")
+        e.missing = "the sink " + sink + " does not take GPU memory; take gds+" + scheduling + "+cufile, which writes files, or gds+" + scheduling + "+null";
     if (e.missing.empty()) e.missing = missing_part(sink);
     e.writes_files = sink != "null" && sink != "memory";
 #if VARVE_TOOL_WITH_TORCH
@@ -301,7 +334,8 @@ std::vector<method_entry> make_methods() {
     documented("layerwise", "Layerwise PCCheck (Improved)", "each layer leaves as the optimizer updates it", combination("host", "layerwise", "io_uring", true));
     for (std::string staging : {"host", "pinned", "gds"})
         for (std::string scheduling : {"sync", "async", "layerwise"})
-            for (std::string sink : {"null", "memory", "posix", "io_uring", "asio"}) all.push_back(combination(staging, scheduling, sink));
+            for (std::string sink : {"null", "memory", "posix", "io_uring", "asio", "cufile"})
+                if (sink != "cufile" || staging == "gds") all.push_back(combination(staging, scheduling, sink));
     return all;
 }
 

@@ -38,6 +38,7 @@ struct method_settings {
     bool wait_for_preparation = false;  ///< bench: slots are written before the clock starts; elsewhere in the background
     bool fresh = false;                 ///< start over: the store may be empty or, with overwrite, hold another run
     bool overwrite = false;
+    bool measure_waits = false;         ///< GPU time in waits goes into stalls(), where there is a GPU
     bool durable_traditional = false;   ///< set by the entry `traditional-durable`
     observer_list observers;
 };
@@ -63,6 +64,7 @@ public:
     virtual ~running_method() = default;
 
     virtual bool updates_by_layer() const = 0;  ///< whether layers should be updated one by one on a step with a save
+    virtual bool waits_at_seal() const = 0;     ///< whether seal waits for the copies, or for the disk
     virtual ticket begin(std::uint64_t step) = 0;
     virtual void before_update() = 0;
     virtual void before_update(std::size_t layer) = 0;

@@ -12,6 +12,7 @@
 #include <optional>
 #include <random>
 #include <span>
+#include <string>
 #include <system_error>
 #include <unistd.h>
 
@@ -19,6 +20,7 @@
 
 #include "build_config.hpp"
 #include "errors.hpp"
+#include "gpu_copies.hpp"
 #include "varve/concepts/sink.hpp"
 #include "varve/detail/aligned_bytes.hpp"
 #include "varve/detail/digest.hpp"
@@ -29,6 +31,13 @@
 #endif
 #if VARVE_TOOL_WITH_URING
 #include "varve/uring/sink.hpp"
+#endif
+#if VARVE_TOOL_WITH_ASIO
+#include "varve/asio/sink.hpp"
+#endif
+#if VARVE_TOOL_WITH_GDS
+#include "varve/cuda/memory.hpp"
+#include "varve/gds/sink.hpp"
 #endif
 
 namespace varve::tool {
@@ -80,7 +89,9 @@ private:
 /// Random bytes in a few buffers, each in flight once at a time.
 class buffers {
 public:
-    explicit buffers(std::size_t block_bytes) : block_bytes_(block_bytes), memory_(buffer_count * block_bytes) {
+    static constexpr auto memory = memory_kind::host;
+
+    explicit buffers(std::size_t block_bytes) : block_bytes_(block_bytes), memory_(buffer_count * block_bytes), region_(memory_.bytes()) {
         std::mt19937_64 random(1);
         for (std::size_t at = 0; at < memory_.size(); at += 8) {
             auto word = random();
@@ -93,7 +104,7 @@ public:
     struct one {
         buffers* all;
         std::size_t index;
-        std::byte* data() const { return all->memory_.data() + index * all->block_bytes_; }
+        std::byte* data() const { return all->region_.data() + index * all->block_bytes_; }
         completion done() {
             return {[](void* context, std::error_code ec) noexcept {
                         auto& mine = *static_cast<one*>(context);
@@ -106,7 +117,7 @@ public:
         }
     };
 
-    std::span<std::byte> region() { return memory_.bytes(); }
+    std::span<std::byte> region() { return region_; }
     one& take() {
         std::unique_lock lock(mutex_);
         freed_.wait(lock, [&] { return !free_.empty(); });
@@ -120,9 +131,12 @@ public:
         throw_if(error_, "probe: transfer failed");
     }
 
-private:
+protected:
     std::size_t block_bytes_;
     detail::aligned_bytes memory_;
+    std::span<std::byte> region_;  ///< where the bytes are
+
+private:
     std::mutex mutex_;
     std::condition_variable freed_;
     std::vector<one> slots_;
@@ -130,16 +144,32 @@ private:
     std::error_code error_;
 };
 
+#if VARVE_TOOL_WITH_GDS
+/// The same bytes in GPU memory.
+class gpu_buffers : public buffers {
+public:
+    static constexpr auto memory = memory_kind::device;
+
+    explicit gpu_buffers(std::size_t block_bytes) : buffers(block_bytes), on_gpu_(buffer_count * block_bytes) {
+        cuda::throw_if(::cudaMemcpy(on_gpu_.data(), memory_.data(), memory_.size(), cudaMemcpyDefault), "probe: to the GPU");
+        region_ = on_gpu_.bytes();
+    }
+
+private:
+    cuda::device_bytes on_gpu_;
+};
+#endif
+
 struct rates {
     double write = 0, read = 0;  ///< GB/s, the best round
     std::string describe;
 };
 
 /// One sink, with its memory registered, and what it reached.
-template <class Sink>
+template <class Sink, class Buffers = buffers>
 class measured_sink {
 public:
-    explicit measured_sink(Sink sink) : sink_(std::move(sink)), buffers_(sink_.limits().best_block_bytes) {
+    explicit measured_sink(Sink sink) : buffers_(sink.limits().best_block_bytes), sink_(std::move(sink)) {
         if constexpr (registering_sink<Sink>) slot_ = sink_.register_memory(buffers_.region());
     }
 
@@ -149,7 +179,7 @@ public:
         auto start = clock::now();
         for (std::uint64_t at = 0; at < size; at += block_bytes) {
             auto& b = buffers_.take();
-            target.write(at, {b.data(), static_cast<std::size_t>(std::min<std::uint64_t>(block_bytes, size - at)), memory_kind::host, slot_}, b.done());
+            target.write(at, {b.data(), static_cast<std::size_t>(std::min<std::uint64_t>(block_bytes, size - at)), Buffers::memory, slot_}, b.done());
         }
         buffers_.wait_for_all();
         throw_if(target.sync(), "probe: sync failed");
@@ -158,7 +188,11 @@ public:
         start = clock::now();
         for (std::uint64_t at = 0; at < size; at += block_bytes) {
             auto& b = buffers_.take();
-            target.read(at, {b.data(), static_cast<std::size_t>(std::min<std::uint64_t>(block_bytes, size - at))}, b.done());
+            std::span<std::byte> into(b.data(), static_cast<std::size_t>(std::min<std::uint64_t>(block_bytes, size - at)));
+            if constexpr (Buffers::memory == memory_kind::device)
+                target.read(at, into, Buffers::memory, slot_, b.done());
+            else
+                target.read(at, into, b.done());
         }
         buffers_.wait_for_all();
         auto read = static_cast<double>(size) / 1e9 / seconds_since(start);
@@ -171,11 +205,25 @@ public:
     rates reached() const { return reached_; }
 
 private:
+    Buffers buffers_;  ///< outlive the sink, which was told of them
     Sink sink_;
-    buffers buffers_;
     int slot_ = unregistered;
     rates reached_;
 };
+
+/// Between GPU memory and a file, through cuFile; nothing where it does not start here.
+std::optional<rates> measure_gds([[maybe_unused]] std::filesystem::path const& dir, [[maybe_unused]] std::uint64_t size_bytes) {
+#if VARVE_TOOL_WITH_GDS
+    if (gds::sink::available()) return std::nullopt;
+    scratch_file file(dir);
+    measured_sink<gds::sink, gpu_buffers> gpu{gds::sink()};
+    gpu.round(file, size_bytes, false);
+    for (int i = 0; i < rounds; ++i) gpu.round(file, size_bytes, true);
+    return gpu.reached();
+#else
+    return std::nullopt;
+#endif
+}
 
 double memory_copy_rate() {
     constexpr std::size_t bytes = 256u << 20;
@@ -226,6 +274,13 @@ nlohmann::json measure_limits(std::filesystem::path const& dir, [[maybe_unused]]
             ring->round(file, size_bytes, false);
         }
 #endif
+#if VARVE_TOOL_WITH_ASIO
+        std::optional<measured_sink<asio::sink>> lanes;
+        if (!asio::sink::available()) {
+            lanes.emplace(asio::sink());
+            lanes->round(file, size_bytes, false);
+        }
+#endif
         for (int i = 0; i < rounds; ++i) {
             say("round " + std::to_string(i + 1) + " of " + std::to_string(rounds));
 #if VARVE_TOOL_WITH_POSIX
@@ -236,6 +291,12 @@ nlohmann::json measure_limits(std::filesystem::path const& dir, [[maybe_unused]]
             if (ring) {
                 ring->round(file, size_bytes, true);
                 sinks["io_uring"] = ring->reached();
+            }
+#endif
+#if VARVE_TOOL_WITH_ASIO
+            if (lanes) {
+                lanes->round(file, size_bytes, true);
+                sinks["asio"] = lanes->reached();
             }
 #endif
         }
@@ -250,6 +311,7 @@ nlohmann::json measure_limits(std::filesystem::path const& dir, [[maybe_unused]]
     j["direct"] = {{"write_gb_per_s", best.write}, {"read_gb_per_s", best.read}};
     say("copies and digests");
     j["copies"] = {{"memory_gb_per_s", memory_copy_rate()}};
+    for (auto const& [name, rate] : gpu_copy_rates()) j["copies"][name] = rate;
     j["digest_gb_per_s"] = digest_rate();
     return j;
 }
@@ -277,6 +339,8 @@ int probe(std::vector<std::string> const& args, std::ostream& out, std::ostream&
     auto size = std::max<std::uint64_t>(block_unit_bytes, static_cast<std::uint64_t>(size_mb * 1e6) / block_unit_bytes * block_unit_bytes);
 
     auto limits = measure_limits(given["dir"].as<std::string>(), size, &err);
+    if (auto gpu = measure_gds(given["dir"].as<std::string>(), size))
+        limits["sinks"]["gds"] = {{"write_gb_per_s", gpu->write}, {"read_gb_per_s", gpu->read}, {"describe", gpu->describe}};
     auto line = [&](std::string const& what, double rate) { out << std::left << std::setw(34) << what << std::right << std::fixed << std::setprecision(2) << std::setw(8) << rate << " GB/s\n"; };
     line("direct write, sync included", limits["direct"]["write_gb_per_s"]);
     line("direct read", limits["direct"]["read_gb_per_s"]);
@@ -285,7 +349,14 @@ int probe(std::vector<std::string> const& args, std::ostream& out, std::ostream&
         line(name + " read", s["read_gb_per_s"]);
         out << "  " << s["describe"].get<std::string>() << '\n';
     }
-    line("memory copy", limits["copies"]["memory_gb_per_s"]);
+    auto const& copies = limits["copies"];
+    line("memory copy", copies["memory_gb_per_s"]);
+    for (std::string way : {"device_to_host", "host_to_device", "device_to_device"})
+        if (copies.contains(way + "_gb_per_s")) {
+            auto title = "copy, " + way;
+            std::replace(title.begin(), title.end(), '_', ' ');
+            line(title, copies[way + "_gb_per_s"]);
+        }
     line("digest, one thread", limits["digest_gb_per_s"]);
     if (given.count("json")) {
         auto path = given["json"].as<std::string>();

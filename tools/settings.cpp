@@ -183,8 +183,7 @@ settings resolve(given_settings const& given, std::string const& scenario) {
 
 void check_settings(settings const& s, settings_command command) {
     if (s.pccheck.use_monitor) throw usage_error("--use-monitor: the monitor is not built yet; leave it out");
-    if (s.run.update != "plain")
-        throw usage_error("--update " + s.run.update + ": this build updates with plain only; the other kernels are not built yet");
+    chosen_update(s);  // throws for what this LibTorch does not have
     if (chosen_device(s) != "cuda" && s.run.gpu_snapshot == "on")
         throw usage_error("--gpu-snapshot on: there is no CUDA in this run; leave it at auto or off");
     if (s.model.d_model % s.model.nhead != 0)

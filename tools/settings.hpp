@@ -42,7 +42,7 @@ struct run_settings {
     std::vector<std::string> methods{"traditional", "original", "layerwise"};
     std::string scenario;
     std::string when_busy = "block";
-    std::string update = "plain";
+    std::string update;  ///< empty: plain on a CPU, fused on a GPU
     std::string gpu_snapshot = "auto";
     std::uint64_t pool_size_mb = 0;  ///< 0: one image
     std::uint64_t keep = 2;

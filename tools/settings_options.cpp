@@ -158,7 +158,7 @@ std::vector<option_spec> make_specs() {
         whole("checkpoint-freq", "training", in_training(&t::checkpoint_freq), 1, trillion - 1, "steps from one checkpoint to the next (usual 5-50)"),
 
         whole("num-threads", "pccheck", in_pccheck(&p::num_threads), 1, 1024,
-              "posix: writes at once; io_uring: queue depth; digest workers, at most the cores (usual 4-16)"),
+              "posix: writes at once; io_uring, asio: queue depth; digest workers, at most the cores (usual 4-16)"),
         whole("max-async", "pccheck", in_pccheck(&p::max_async), 1, 1024, "saves in flight at most (usual 2-8)"),
         whole("buffer-size-mb", "pccheck", in_pccheck(&p::buffer_size_mb), 1, million,
               "MB (10^6 bytes) after which, at the latest, a layerwise save hands blocks to the sink (usual 20-200)"),
@@ -173,7 +173,7 @@ std::vector<option_spec> make_specs() {
               "MB of staging memory, never above a quarter of the usable memory; 0: one checkpoint"),
         whole("keep", "run", in_run(&r::keep), 1, million, "checkpoints to keep, the last ones"),
         whole("keep-every", "run", in_run(&r::keep_every), 0, trillion - 1, "keep every checkpoint whose step is a multiple of N for ever; 0: off"),
-        choice("update", in_run(&r::update), {"plain", "foreach", "fused"}, "the optimizer's kernels (this build: plain): "),
+        choice("update", in_run(&r::update), {"plain", "foreach", "fused"}, "the optimizer's kernels, by default plain on a CPU and fused on a GPU: "),
         choice("gpu-snapshot", in_run(&r::gpu_snapshot), {"auto", "on", "off"}, "copy inside the GPU first, for trainings there: "),
         choice("device", in_run(&r::device), {"auto", "cpu", "cuda"}, "where to train; auto: cuda if the build and the machine have it: "),
         real("dropout", in_run(&r::dropout), 0, 1, "share of activations dropped"),

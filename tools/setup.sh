@@ -41,7 +41,7 @@ apt_install() {
 }
 
 # Boost 1.81 or newer: the distribution's default where that is new enough, or where a part of it is here already (two versions do not
-# live together, and 1.74 will do); else the packages that carry the number.
+# live together, and 1.74 will do for all but the backend asio); else the packages that carry the number.
 boost_packages() {
   local default
   default=$(apt-cache policy libboost-dev 2> /dev/null | awk '/Candidate:/ { print $2 }')
@@ -111,6 +111,15 @@ ensure_venv() {
   touch "$root/.venv/varve-complete"
 }
 
+# ensure_cufile: with a CUDA toolkit that lacks cuFile, the header and the library that pip has, so that the backend gds is compiled.
+ensure_cufile() {
+  python3 "$root/backends/cuda/find_toolkit.py" > /dev/null 2>&1 || return 0
+  python3 "$root/backends/gds/find_cufile.py" "$root" > /dev/null 2>&1 && return 0
+  [ -x "$venv_python" ] || return 0
+  say 'fetching cuFile for the backend gds'
+  "$venv_python" -m pip install --quiet --no-deps nvidia-cufile < /dev/null >&2 || say 'no cuFile: the backend gds is left out'
+}
+
 # install_system_libtorch: the distribution's.
 install_system_libtorch() {
   is_installed libtorch-dev && find_libtorch system > /dev/null && return 0
@@ -124,6 +133,7 @@ install_system_libtorch() {
 # ensure_libtorch: after it, Meson finds one by itself; without any, everything but bench, train and .pt files still builds.
 ensure_libtorch() {
   ensure_venv || say '.venv could not be made (pip failed); trying the distribution'
+  ensure_cufile
   find_libtorch '' > /dev/null && return 0
   install_system_libtorch && return 0
   say 'no LibTorch: the backend torch is left out'

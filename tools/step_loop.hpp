@@ -6,6 +6,7 @@
 #include <string>
 
 #include "methods.hpp"
+#include "phase.hpp"
 #include "trainer.hpp"
 
 namespace varve::tool {
@@ -32,17 +33,23 @@ inline method_settings method_settings_of(settings const& s, observer_list const
 /// Returns the save's ticket.
 inline std::optional<ticket> update_and_save(trainer& t, running_method* method, std::uint64_t step, bool due, float loss) {
     if (!method) {
+        phase in_update("update");
         t.update();
         return std::nullopt;
     }
+    // A save that training waits for does not begin with the rest of the backward pass: that is the step's time.
+    if (due && method->waits_at_seal()) t.synchronize();
     if (due) method->begin(step);
     if (due && method->updates_by_layer()) {
+        phase in_update("update by layer");
         t.update_by_layer(*method);
     } else {
+        phase in_update("update");
         method->before_update();
         t.update();
     }
     if (!due) return std::nullopt;
+    phase in_save("seal");
     // Nothing here may depend on the time or the host: a run that was resumed writes the same bytes.
     char digits[32];
     std::snprintf(digits, sizeof digits, "%.9g", static_cast<double>(loss));

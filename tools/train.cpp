@@ -7,11 +7,15 @@
 #include "events_file.hpp"
 #include "measure.hpp"
 #include "methods.hpp"
+#include "phase.hpp"
 #include "progress.hpp"
 #include "settings.hpp"
 #include "signals.hpp"
 #include "step_loop.hpp"
 #include "trainer.hpp"
+#if VARVE_TOOL_WITH_CUDA_RUNTIME
+#include "varve/cuda/nvtx_observer.hpp"
+#endif
 
 namespace varve::tool {
 
@@ -34,6 +38,9 @@ public:
         if (!s.run.events.empty()) events_.emplace(s.run.events, s.command.method);
         observers_.add(recorder_);
         if (events_) observers_.add(*events_);
+#if VARVE_TOOL_WITH_CUDA_RUNTIME
+        if (profile_.attached()) observers_.add(profile_);
+#endif
     }
 
     int run() {
@@ -89,7 +96,10 @@ private:
     std::optional<std::uint64_t> train(trainer& t, running_method& method, std::uint64_t first, std::uint64_t last) {
         for (auto step = first; step <= last; ++step) {
             auto const step_start = clock::now();
-            auto const loss = t.forward_backward(step);
+            auto const loss = [&] {
+                phase in_passes("forward and backward");
+                return t.forward_backward(step);
+            }();
             // Before the save: a step that a restart goes on from has its loss in the file, whenever this process is killed.
             if (events_) events_->step(step, loss);
             bool const stop = stop_signals::requested(), final = stop || step == last;
@@ -122,6 +132,9 @@ private:
     progress progress_;
     save_recorder recorder_;
     std::optional<events_file> events_;
+#if VARVE_TOOL_WITH_CUDA_RUNTIME
+    cuda::nvtx_observer profile_;
+#endif
     observer_list observers_;
     std::optional<ticket> last_save_;
 };

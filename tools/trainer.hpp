@@ -20,7 +20,7 @@ class trainer {
 public:
     virtual ~trainer() = default;
 
-    /// Forward and backward pass of step k; returns the loss.
+    /// Forward and backward pass of step k; returns the loss. On a GPU the backward pass may still run.
     virtual float forward_backward(std::uint64_t step) = 0;
     /// The whole update of that step.
     virtual void update() = 0;
@@ -49,6 +49,9 @@ std::unique_ptr<trainer> make_trainer(settings const& s);
 
 /// "cuda" or "cpu": what --device comes to here. Throws usage_error for cuda where the build or the machine has none.
 std::string chosen_device(settings const& s);
+
+/// "plain", "foreach" or "fused": what --update comes to here. Throws usage_error for what this LibTorch does not have.
+std::string chosen_update(settings const& s);
 
 /// What a result says about the library that computes.
 struct trainer_facts {

@@ -17,6 +17,8 @@ std::string chosen_device(settings const& s) {
     return "cpu";
 }
 
+std::string chosen_update(settings const& s) { return s.run.update.empty() ? "plain" : s.run.update; }
+
 trainer_facts facts_of_trainer() { return {}; }
 
 }  // namespace varve::tool

@@ -142,7 +142,11 @@ public:
             log_->door.pass();
             std::this_thread::sleep_for(log_->delay);
             ++log_->writes;
-            image_.write(offset_bytes, b, c);
+            if (b.memory != varve::memory_kind::device) return image_.write(offset_bytes, b, c);
+            std::vector<std::byte> fetched(b.size_bytes);
+            auto failed = varve::cuda::code_of(::cudaMemcpy(fetched.data(), b.data, b.size_bytes, cudaMemcpyDefault));
+            if (failed) return c(failed);
+            image_.write(offset_bytes, {fetched.data(), fetched.size()}, c);
         }
         std::error_code sync() noexcept {
             if (auto ec = image_.sync()) return ec;
@@ -164,7 +168,7 @@ public:
 
     target_type open(varve::open_request const& r) { return {varve::memory_sink{}, data_offset_, log_, r}; }
     varve::sink_limits limits() const { return {}; }
-    static constexpr bool accepts(varve::memory_kind kind) noexcept { return kind != varve::memory_kind::device; }
+    static constexpr bool accepts(varve::memory_kind) noexcept { return true; }
     std::string describe() const { return "checks what it is given"; }
 
 private:

@@ -103,6 +103,55 @@ BOOST_AUTO_TEST_CASE(a_copy_follows_the_work_that_was_recorded) {
     BOOST_TEST((buffer.data()[0] == std::byte{7} && buffer.data()[block - 1] == std::byte{7}));
 }
 
+BOOST_AUTO_TEST_CASE(the_time_that_a_stream_waits_for_a_copy_is_measured_where_it_was_asked_for) {
+    if (!have_gpu()) return;
+    user_stream own, other;
+    device_bytes bytes(block);
+    varve::tensor t{"t", varve::dtype::U8, {static_cast<std::int64_t>(block)}, bytes.data, {}, varve::memory_kind::device};
+    std::stop_source never;
+    for (bool measured : {false, true}) {
+        pinned_staging staging(block, block, {.measure_waits = measured});
+        auto buffer = staging.acquire(never.get_token());
+        gate door;
+        door.close();
+        door.hold(other.stream);
+        auto token = staging.copy(buffer, std::array{varve::copy_range{&t, 0, block, 0}}, staging.record({other.stream}));
+        BOOST_TEST(!staging.order_after(token, {own.stream}));
+        // Not yet over, and asking does not wait.
+        BOOST_TEST(staging.gpu_wait_ns() == 0);
+        std::this_thread::sleep_for(60ms);
+        door.open();
+        expect(::cudaStreamSynchronize(own.stream));
+        auto const first = staging.gpu_wait_ns();
+        if (!measured) {
+            BOOST_TEST(first == 0);
+            continue;
+        }
+        BOOST_TEST(first > 30'000'000);
+        BOOST_TEST(first < 5'000'000'000);
+        // What is done already costs next to nothing, and many of them are measured with few events.
+        for (int i = 0; i < 3000; ++i) BOOST_TEST(!staging.order_after(token, {own.stream}));
+        expect(::cudaStreamSynchronize(own.stream));
+        auto const then = staging.gpu_wait_ns();
+        BOOST_TEST(then >= first);
+        BOOST_TEST(then - first < 3000 * 100'000);
+    }
+}
+
+BOOST_AUTO_TEST_CASE(the_stalls_of_a_checkpointer_say_how_long_the_gpu_waited) {
+    if (!have_gpu()) return;
+    user_stream own;
+    device_model model;
+    auto log = std::make_shared<checking_sink::log>();
+    checkpointer<varve::async<1>> ck(model.state(), pinned_staging(4 * block, block, {.measure_waits = true}), varve::async<1>{},
+                                     checking_sink(model.state(), log));
+    train_step(ck, model, 1, own.stream);
+    for (std::size_t l = 0; l < model.layers(); ++l) ck.before_update(l, {own.stream});
+    expect(::cudaStreamSynchronize(own.stream));
+    BOOST_TEST(ck.stalls().gpu_wait_ns > 0);
+    BOOST_TEST(ck.stalls().gpu_wait_ns < 5'000'000'000);
+}
+
 BOOST_AUTO_TEST_CASE(with_snapshots_training_goes_on_while_nothing_can_be_written) {
     if (!have_gpu()) return;
     user_stream own;
@@ -213,6 +262,76 @@ BOOST_AUTO_TEST_CASE(a_stream_that_is_captured_is_refused_and_the_capture_goes_o
         expect(::cudaGraphExecDestroy(runnable));
         expect(::cudaGraphDestroy(graph));
         BOOST_TEST(log->steps == (std::vector<int>{1, 9, 9, 9, 9}), boost::test_tools::per_element());
+        log->steps.clear();
+    }
+}
+
+BOOST_AUTO_TEST_CASE(layerwise_calls_in_a_capture_are_unsupported_and_the_capture_goes_on) {
+    if (!have_gpu()) return;
+    user_stream own;
+    device_model model;
+    auto log = std::make_shared<checking_sink::log>();
+    log->delay = 5ms;
+    for (std::size_t snapshots : {0, 2}) {
+        checkpointer<varve::layerwise<2>> ck(model.state(), pinned_staging(2 * block, block, {.snapshots = snapshots, .measure_waits = true}),
+                                             varve::layerwise<2>{}, checking_sink(model.state(), log));
+        auto before = train_step(ck, model, 1, own.stream);
+        for (std::size_t l = 0; l < model.layers(); ++l) ck.before_update(l, {own.stream});
+        expect(::cudaStreamSynchronize(own.stream));
+        cudaGraph_t graph = nullptr;
+        expect(::cudaStreamBeginCapture(own.stream, cudaStreamCaptureModeGlobal));
+        auto refused = ck.begin(2);
+        for (std::size_t l = 0; l < model.layers(); ++l) {
+            expect(::cudaMemsetAsync(model.state().layers[l].tensors[0].data, 8, model.state().layers[l].tensors[0].size_bytes(), own.stream));
+            ck.layer_ready(l, {own.stream});
+        }
+        ck.seal({}, {own.stream});
+        BOOST_TEST(ck.stalls().gpu_wait_ns >= 0);
+        expect(::cudaStreamEndCapture(own.stream, &graph));
+        BOOST_TEST((refused.durable().wait() == varve::errc::unsupported));
+        BOOST_TEST(!before.durable().wait());
+        cudaGraphExec_t runnable = nullptr;
+        expect(::cudaGraphInstantiate(&runnable, graph, 0));
+        expect(::cudaGraphLaunch(runnable, own.stream));
+        expect(::cudaStreamSynchronize(own.stream));
+        // And the next one, outside, is whole.
+        BOOST_TEST(!train_step(ck, model, 3, own.stream).durable().wait());
+        expect(::cudaGraphExecDestroy(runnable));
+        expect(::cudaGraphDestroy(graph));
+        BOOST_TEST(log->steps == (std::vector<int>{1, 3}), boost::test_tools::per_element());
+        log->steps.clear();
+    }
+}
+
+BOOST_AUTO_TEST_CASE(a_user_may_change_to_a_stream_of_his_own_between_and_within_steps) {
+    if (!have_gpu()) return;
+    user_stream first, second;
+    device_model model(4);
+    auto log = std::make_shared<checking_sink::log>();
+    log->delay = 3ms;
+    for (std::size_t snapshots : {0, 2}) {
+        std::vector<int> expected;
+        checkpointer<varve::layerwise<2>> ck(model.state(), pinned_staging(2 * block, block, {.snapshots = snapshots}), varve::layerwise<2>{},
+                                             checking_sink(model.state(), log));
+        cudaEvent_t handed_over = nullptr;
+        expect(::cudaEventCreateWithFlags(&handed_over, cudaEventDisableTiming));
+        for (std::uint64_t step = 1; step <= 12; ++step) {
+            ck.begin(step);
+            for (std::size_t l = 0; l < model.layers(); ++l) {
+                // Layers change streams from step to step; the user orders his own work.
+                auto const stream = (l + step) % 2 ? first.stream : second.stream, other = (l + step) % 2 ? second.stream : first.stream;
+                expect(::cudaEventRecord(handed_over, other));
+                expect(::cudaStreamWaitEvent(stream, handed_over, 0));
+                ck.before_update(l, {stream});
+                model.update(l, step, stream, true);
+                ck.layer_ready(l, {stream});
+            }
+            ck.seal({}, {first.stream});
+            expected.push_back(static_cast<int>(step));
+        }
+        ck.drain();
+        expect(::cudaEventDestroy(handed_over));
+        BOOST_TEST(log->steps == expected, boost::test_tools::per_element());
         log->steps.clear();
     }
 }

@@ -13,6 +13,7 @@
 
 #include "files.hpp"
 #include "models.hpp"
+#include "shell.hpp"
 #include "support.hpp"
 #include "varve/torch/archive.hpp"
 #include "varve/torch/detail/zip_writer.hpp"
@@ -90,7 +91,7 @@ std::error_code code_of(Call call) {
 
 std::optional<std::string> python() {
     char const* path = std::getenv("VARVE_TEST_PYTHON");
-    if (path && *path && std::system(("'" + std::string(path) + "' -c 'import torch' 2>/dev/null").c_str()) == 0) return path;
+    if (path && *path && shell("'" + std::string(path) + "' -c 'import torch' 2>/dev/null") == 0) return path;
     varve_test::skip("VARVE_TEST_PYTHON names no Python with torch");
     return std::nullopt;
 }
@@ -266,7 +267,7 @@ assert z['step'] == 3 and z['user']['epoch'] == 1 << 40 and isinstance(z['user']
 assert zipfile.ZipFile('ours.pt').testzip() is None
 def same(name, tensor):
     raw = pathlib.Path(name + '.raw').read_bytes()
-    assert tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() == raw, name
+    assert tensor.detach().contiguous().reshape(-1).view(torch.uint8).tolist() == list(raw), name
 assert list(z['model']) == list(m.state_dict()), (list(z['model']), list(m.state_dict()))
 assert z['model']['tied.weight'].data_ptr() == z['model']['embedding.weight'].data_ptr()
 m.load_state_dict(z['model'])
@@ -304,7 +305,7 @@ assert torch.equal(mapped['model']['linear.weight'], z['model']['linear.weight']
         replace("EXPECTED", which < 4 ? "27" : which == 4 ? "0" : "7");
         write_file(folder.path() / "program.py", program);
         auto command = "cd '" + folder.path().string() + "' && '" + *interpreter + "' program.py";
-        BOOST_TEST(std::system(command.c_str()) == 0, name);
+        BOOST_TEST(shell(command) == 0, name);
     };
     check("adam", 0, "torch.optim.Adam(m.parameters())");
     check("adam amsgrad", 1, "torch.optim.Adam(m.parameters(), amsgrad=True)");
@@ -349,7 +350,7 @@ for name, t in z.items():
 assert len(z) == 17, len(z)
 )");
     auto command = "cd '" + folder.path().string() + "' && '" + *interpreter + "' program.py 2>&1";
-    BOOST_TEST(std::system(command.c_str()) == 0);
+    BOOST_TEST(shell(command) == 0);
 }
 
 BOOST_AUTO_TEST_SUITE_END()

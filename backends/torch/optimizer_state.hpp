@@ -55,6 +55,16 @@ struct parameter_state {
     std::vector<named_tensor> tensors;
 };
 
+/// Adam's options of a group, and what it has of a parameter: null where nothing.
+struct adam_options {
+    double lr, beta1, beta2, eps, weight_decay;
+    bool amsgrad, decoupled;
+};
+struct adam_entry {
+    ::at::Tensor const *exp_avg = nullptr, *exp_avg_sq = nullptr, *max_exp_avg_sq = nullptr;
+    std::int64_t* step = nullptr;
+};
+
 /// The optimizers whose state can be saved, behind one interface; every function but the first takes the state map's entry
 /// for what it is.
 class optimizer_access {
@@ -77,6 +87,10 @@ public:
     virtual std::int64_t step(optimizer_state_key const& key) const = 0;
     /// Makes the optimizer keep `s` with that count; drops what it has where `set` is false.
     virtual void give(optimizer_state_key const& key, parameter_state const& s, std::int64_t step, bool set) = 0;
+
+    virtual bool is_adam() const noexcept { return false; }
+    virtual adam_options adam_options_of(std::size_t) const { return {}; }
+    virtual adam_entry adam_entry_of(optimizer_state_key const&) const { return {}; }
 };
 
 /// Adam and AdamW, which differ in the types' names alone.
@@ -143,6 +157,20 @@ public:
         fresh->exp_avg_sq(s.tensors[1].tensor);
         if (s.tensors.size() == 3) fresh->max_exp_avg_sq(s.tensors[2].tensor);
         optimizer_.state()[key] = std::move(fresh);
+    }
+
+    bool is_adam() const noexcept override { return true; }
+
+    adam_options adam_options_of(std::size_t group) const override {
+        auto& o = options_of(group);
+        return {o.lr(), std::get<0>(o.betas()), std::get<1>(o.betas()), o.eps(), o.weight_decay(), o.amsgrad(), decoupled_};
+    }
+
+    adam_entry adam_entry_of(optimizer_state_key const& key) const override {
+        auto it = optimizer_.state().find(key);
+        if (it == optimizer_.state().end()) return {};
+        auto& of = static_cast<State&>(*it->second);
+        return {&of.exp_avg(), &of.exp_avg_sq(), &of.max_exp_avg_sq(), &of.step()};
     }
 
 private:

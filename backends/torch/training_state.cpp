@@ -138,7 +138,7 @@ struct training_state::parts {
     void add_optimizer(varve::state& s);
     void add_run(varve::state& s);
     void mirror(std::string name, ::at::Tensor const& live, std::size_t layer, varve::state& s);
-    std::unique_ptr<layerwise_updater::lists> lists(std::size_t layers) const;
+    std::unique_ptr<layerwise_updater::lists> lists(varve::state const& s) const;
 
     std::error_code recheck(varve::state const& s) const;
     void refresh(std::size_t layer, std::size_t run);
@@ -253,19 +253,23 @@ void training_state::parts::add_run(varve::state& s) {
     for (auto& [name, buffer] : std::exchange(ownerless, {})) mirror(std::move(name), buffer, run, s);
 }
 
-std::unique_ptr<layerwise_updater::lists> training_state::parts::lists(std::size_t layers) const {
+std::unique_ptr<layerwise_updater::lists> training_state::parts::lists(varve::state const& s) const {
     auto out = std::make_unique<layerwise_updater::lists>();
     auto& groups = optimizer.param_groups();
     out->optimizer = &optimizer;
+    out->access = access.get();
+    // SGD has one operation a tensor: there is nothing to fuse.
+    out->kind = access->is_adam() ? options.update : update_kind::plain;
     out->group_sizes = group_sizes;
-    out->layers.resize(layers);
-    for (auto& l : out->layers) l.of_group.resize(groups.size());
+    out->layers.assign(s.layers.size(), detail::grouped_parameters(groups.size()));
     for (std::size_t g = 0; g < groups.size(); ++g)
-        for (auto const& parameter : groups[g].params()) {
-            auto& l = out->layers[places.at(parameter.unsafeGetTensorImpl()).layer];
-            l.of_group[g].push_back(parameter);
-            l.empty = false;
-        }
+        for (auto const& parameter : groups[g].params()) out->layers[places.at(parameter.unsafeGetTensorImpl()).layer][g].push_back(parameter);
+    std::vector<std::size_t> bytes;
+    for (auto const& l : s.layers) {
+        bytes.push_back(0);
+        for (auto const& t : l.tensors) bytes.back() += t.size_bytes();
+    }
+    out->cut(bytes, out->kind == update_kind::plain ? s.layers.size() : std::max<std::size_t>(1, options.update_groups));
     return out;
 }
 
@@ -355,10 +359,14 @@ training_state::training_state(::torch::nn::Module& module, ::torch::optim::Opti
     : parts_(std::make_unique<parts>(optimizer, options)) {
     ::at::NoGradGuard no_grad;
     parts_->walk(module, "", state_);
+    bool on_gpu = false;
+    for (auto const& p : parts_->parameters) on_gpu = on_gpu || p.tensor.is_cuda();
+    if (auto why = missing_update(parts_->access->is_adam() ? options.update : update_kind::plain, on_gpu); !why.empty())
+        throw error(errc::unsupported, why);
     parts_->add_optimizer(state_);
     parts_->add_run(state_);
     auto const run = state_.layers.size() - 1;
-    updater_ = std::make_unique<layerwise_updater>(parts_->lists(state_.layers.size()));
+    updater_ = std::make_unique<layerwise_updater>(parts_->lists(state_));
     state_.recheck = [this] { return parts_->recheck(state_); };
     state_.refresh = [this, run](std::size_t layer) { parts_->refresh(layer, run); };
     state_.restored = [this] { parts_->restored(); };

@@ -1,17 +1,13 @@
+#include "refused_rings.hpp"
 #include "sink_faults.hpp"
 #include "support.hpp"
 
 #include <cstddef>
-#include <linux/audit.h>
 #include <linux/capability.h>
-#include <linux/filter.h>
-#include <linux/seccomp.h>
 #include <string>
 #include <sys/mman.h>
-#include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/syscall.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
 #include "varve/uring/sink.hpp"
@@ -26,35 +22,6 @@ void on_a_ring(Test test) {
     if (auto refused = varve::uring::sink::available()) return varve_test::skip("no io_uring: " + refused.message());
     varve_test::sink_faults faults(make);
     test(faults);
-}
-
-/// Runs `body` in a child, which may spoil its own rights, and returns its exit status. Nothing else runs here meanwhile.
-template <class Body>
-int in_a_child(Body body) {
-    pid_t child = ::fork();
-    if (child == 0) {
-        int status = 99;
-        try {
-            status = body();
-        } catch (...) {
-        }
-        ::_exit(status);
-    }
-    int status = 0;
-    ::waitpid(child, &status, 0);
-    return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
-}
-
-/// From here on io_uring_setup fails with that errno. Source: seccomp(2).
-bool refuse_rings(int why) {
-    sock_filter filter[] = {
-        BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, nr)),
-        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_io_uring_setup, 0, 1),
-        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | static_cast<unsigned>(why)),
-        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
-    };
-    sock_fprog program{static_cast<unsigned short>(std::size(filter)), filter};
-    return ::prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0 && ::prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program) == 0;
 }
 
 /// From here on the locked-memory limit holds, for root too.
@@ -150,8 +117,8 @@ BOOST_AUTO_TEST_CASE(a_thread_that_ends_takes_no_write_with_it) {
 BOOST_AUTO_TEST_CASE(a_refused_ring_is_unsupported_and_says_so) {
     if (auto refused = varve::uring::sink::available()) return varve_test::skip("no io_uring: " + refused.message());
     for (int why : {EPERM, ENOSYS}) {
-        int status = in_a_child([why] {
-            if (!refuse_rings(why)) return 77;
+        int status = varve_test::in_a_child([why] {
+            if (!varve_test::refuse_rings(why)) return 77;
             if (!varve_test::is(varve::uring::sink::available(), why)) return 1;
             try {
                 varve::uring::sink sink;
@@ -168,7 +135,7 @@ BOOST_AUTO_TEST_CASE(a_refused_ring_is_unsupported_and_says_so) {
 BOOST_AUTO_TEST_CASE(memory_that_may_not_be_locked_runs_unregistered_and_names_the_limit) {
     if (auto refused = varve::uring::sink::available()) return varve_test::skip("no io_uring: " + refused.message());
     varve_test::scratch_folder folder;
-    int status = in_a_child([&] {
+    int status = varve_test::in_a_child([&] {
         if (!lock_no_more_than(1u << 20)) return 77;
         auto bytes = varve_test::some_bytes((8u << 20) + 100);
         varve::uring::sink sink;

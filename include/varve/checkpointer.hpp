@@ -46,6 +46,8 @@ namespace varve {
 template <staging Staging, scheduling Scheduling, sink Sink, format Format = safetensors>
 class checkpointer {
     static_assert(Sink::accepts(Staging::memory), "varve: this sink does not take memory of this staging's kind");
+    static_assert(Staging::memory != memory_kind::device || digesting_staging<Staging>,
+                  "varve: a staging in GPU memory must hash its buffers itself (see digesting_staging)");
     static_assert(fixed_layout_format<Format> || !Scheduling::needs_fixed_layout,
                   "varve: this scheduling needs a format with a fixed layout; use varve::sync, or another format");
     static_assert(fixed_layout_format<Format> || !relaying_sink<Sink>, "varve: a relaying sink needs a format with a fixed layout");
@@ -53,6 +55,8 @@ class checkpointer {
 public:
     using order_type = typename Staging::order_type;
     static constexpr bool streams = !fixed_layout_format<Format>;
+    /// Whether seal waits for more than its own bookkeeping.
+    static constexpr bool waits_at_seal = streams || Scheduling::waits != seal_wait::nothing;
 
     /// For sinks without files. `s`, and whatever the observers refer to, outlives the checkpointer. Throws what a relaying
     /// sink's introduce throws.
@@ -206,7 +210,11 @@ public:
         return restored;
     }
 
-    stall_times stalls() const noexcept { return stalls_; }
+    stall_times stalls() const noexcept {
+        auto so_far = stalls_;
+        if constexpr (wait_measuring_staging<Staging>) so_far.gpu_wait_ns = staging_.gpu_wait_ns();
+        return so_far;
+    }
     /// N in effect: no more than the pool or the snapshots hold images of, at least 1.
     std::size_t max_in_flight() const noexcept { return in_flight_; }
     /// Bytes of one checkpoint; for a format that streams, of its tensors.

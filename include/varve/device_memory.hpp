@@ -16,8 +16,16 @@ class device_memory {
 public:
     virtual ~device_memory() = default;
 
-    /// Brings bytes to [offset, offset + size) of the tensor's row-major form; `bytes` may change once it returns.
+    /// The most that one piece of memory holds.
+    static constexpr std::size_t piece_bytes = (4u << 20) + 8192;
+
+    /// A piece of host memory that the device reads at full speed, aligned to 4,096 bytes; waits until one is free.
+    virtual std::span<std::byte> borrow() = 0;
+    /// Brings bytes of a borrowed piece to [offset, offset + size) of the tensor's row-major form. The bytes stay as they
+    /// are until the piece is given back, which may be at once.
     virtual void write(tensor const& to, std::uint64_t offset_bytes, std::span<std::byte const> bytes) = 0;
+    /// Lets a piece go; it is lent again once what was written from it has arrived.
+    virtual void give_back(std::span<std::byte> piece) noexcept = 0;
     /// Returns when everything that was written has arrived.
     virtual void finish() = 0;
     /// Fills `out` from [offset, offset + out.size()) of the tensor's row-major form.
@@ -31,7 +39,7 @@ inline void expect_reachable(tensor const& t, device_memory const* device, char 
     if (t.memory == memory_kind::device && !device) throw error(errc::unsupported, std::string(what) + t.name + ": it lies in GPU memory");
 }
 
-/// `bytes` to the tensor, wherever it lies.
+/// `bytes` to the tensor, wherever it lies; for one in GPU memory they lie in a borrowed piece.
 inline void put(tensor const& t, std::uint64_t offset_bytes, std::span<std::byte const> bytes, device_memory* device) {
     if (t.memory == memory_kind::device)
         device->write(t, offset_bytes, bytes);

@@ -73,6 +73,29 @@ BOOST_AUTO_TEST_CASE(every_method_has_the_losses_of_a_run_without_checkpoints) {
     BOOST_TEST(losses.size() == 12u);
 }
 
+BOOST_AUTO_TEST_CASE(every_method_has_the_same_losses_and_bits_with_the_other_kernels_of_the_update) {
+    for (std::string const update : {"foreach", "fused"}) {
+        if (!has_update(update)) {
+            skip("this LibTorch has no " + update + " update");
+            continue;
+        }
+        temporary_folder folder;
+        auto const r = run_tool(joined({"bench", "--output-dir", folder.path().string(), "--update", update, "--device", "cpu", "--methods",
+                                        "traditional", "original", "layerwise"},
+                                       tiny_model({"--num-steps", "12", "--checkpoint-freq", "5", "--warmup", "1"})));
+        BOOST_TEST_REQUIRE(r.code == 0, r.err);
+        auto const document = read_json(result_in(folder.path()));
+        BOOST_TEST(document.at("/config/run/update"_json_pointer) == update);
+        auto const& results = document.at("results");
+        auto const expected = results.at("No Checkpoint").at("final_loss");
+        BOOST_TEST(results.size() == 4u);
+        for (auto const& [key, result] : results.items()) {
+            BOOST_TEST((result.at("final_loss") == expected), key);
+            if (key != "No Checkpoint") BOOST_TEST(result.at("/restore/bit_exact"_json_pointer).get<bool>(), key);
+        }
+    }
+}
+
 BOOST_AUTO_TEST_CASE(the_result_has_every_key_and_no_null) {
     auto const& c = shared_comparison();
     BOOST_TEST_REQUIRE(c.run.code == 0, c.run.err);
@@ -153,6 +176,34 @@ BOOST_AUTO_TEST_CASE(stores_are_gone_afterwards_and_durable_comes_last) {
     BOOST_TEST(at("staged") < at("durable"));
     BOOST_TEST(at("written") < at("durable"));
     BOOST_TEST(at("durable") < static_cast<std::ptrdiff_t>(seen.size()));
+}
+
+BOOST_AUTO_TEST_CASE(combinations_with_asio_restore_bit_for_bit_and_change_no_loss) {
+    if (!runs_here("host+async+asio")) return skip("no Boost.Asio files here");
+    temporary_folder folder;
+    std::vector<std::string> const combinations{"host+async+asio", "host+layerwise+asio"};
+    auto const r = run_tool(joined({"bench", "--output-dir", folder.path().string(), "--methods", "none", combinations[0], combinations[1]},
+                                   tiny_model({"--num-steps", "12", "--checkpoint-freq", "5", "--warmup", "0"})));
+    BOOST_TEST_REQUIRE(r.code == 0, r.err);
+    auto const results = read_json(result_in(folder.path())).at("results");
+    for (auto const& name : combinations) {
+        auto const& result = results.at(name);
+        BOOST_TEST(result.at("/restore/bit_exact"_json_pointer).get<bool>(), name);
+        BOOST_TEST(result.at("durable") == 2);
+        BOOST_TEST(result.at("final_loss") == results.at("No Checkpoint").at("final_loss"));
+    }
+}
+
+BOOST_AUTO_TEST_CASE(probe_measures_every_sink_that_runs_here) {
+    temporary_folder folder;
+    auto const r = run_tool({"probe", "--dir", folder.path().string(), "--size-mb", "9", "--json", folder / "limits.json"});
+    BOOST_TEST_REQUIRE(r.code == 0, r.err);
+    auto const sinks = read_json(folder / "limits.json").at("sinks");
+    for (std::string name : {"posix", "io_uring", "asio"}) {
+        if (!runs_here("host+sync+" + name)) continue;
+        BOOST_TEST_REQUIRE(sinks.contains(name), name);
+        BOOST_TEST(sinks.at(name).at("write_gb_per_s").get<double>() > 0);
+    }
 }
 
 BOOST_AUTO_TEST_CASE(kept_checkpoints_stay_and_the_next_bench_empties_them) {

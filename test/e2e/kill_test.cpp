@@ -11,8 +11,14 @@ namespace varve_test {
 
 namespace {
 
-std::vector<std::string> train_args(std::string const& method, temporary_folder const& folder, std::string const& name, std::string const& steps) {
-    return joined({"train", "--method", method, "--dir", folder / name, "--events", folder / (name + ".events"), "--num-steps", steps},
+/// A run that is killed again and again: what it trains with, and for how long.
+struct victim {
+    std::string method, device, steps;
+};
+
+std::vector<std::string> train_args(victim const& v, temporary_folder const& folder, std::string const& name) {
+    return joined({"train", "--method", v.method, "--device", v.device, "--dir", folder / name, "--events", folder / (name + ".events"),
+                   "--num-steps", v.steps},
                   tiny_model({"--checkpoint-freq", "3"}));
 }
 
@@ -45,8 +51,8 @@ std::uintmax_t size_of(std::filesystem::path const& file) {
 }
 
 /// Trained to its end, the run that was killed has the losses and the tensors of the one that never was.
-void ends_like_the_whole_run(std::string const& method, temporary_folder const& folder, std::string const& name, std::string const& steps) {
-    auto const last = run_tool(train_args(method, folder, name, steps));
+void ends_like_the_whole_run(victim const& v, temporary_folder const& folder, std::string const& name) {
+    auto const last = run_tool(train_args(v, folder, name));
     BOOST_TEST_REQUIRE(last.code == 0, last.err);
     BOOST_TEST((losses(folder / (name + ".events")) == losses(folder / "whole.events")));
     auto const compared = run_tool({"diff", newest_file(folder / "whole"), newest_file(folder / name)});
@@ -55,11 +61,10 @@ void ends_like_the_whole_run(std::string const& method, temporary_folder const& 
     BOOST_TEST(verified.code == 0, verified.out << verified.err);
 }
 
-void kill_and_go_on(std::string const& method) {
+void kill_and_go_on(victim const& v) {
     auto const kills = full() ? 20 : 3;
-    std::string const steps = full() ? "600" : "60";
     temporary_folder folder;
-    BOOST_TEST_REQUIRE(run_tool(train_args(method, folder, "whole", steps)).code == 0);
+    BOOST_TEST_REQUIRE(run_tool(train_args(v, folder, "whole")).code == 0);
 
     std::mt19937 random(std::random_device{}());
     auto between = [&](int low, int high) { return std::chrono::milliseconds(std::uniform_int_distribution<>(low, high)(random)); };
@@ -68,7 +73,7 @@ void kill_and_go_on(std::string const& method) {
         auto const name = "killed" + std::to_string(round), events = name + ".events";
         for (bool done = false; killed < kills && !done;) {
             auto const before = size_of(folder / events);
-            running_tool run(train_args(method, folder, name, steps));
+            running_tool run(train_args(v, folder, name));
             // A quarter of the kills at any moment, the start included; the others once it trains, so that it gets on.
             if (between(1, 4) == std::chrono::milliseconds(1)) {
                 done = run.ends_within(between(0, 1500));
@@ -86,15 +91,30 @@ void kill_and_go_on(std::string const& method) {
             }
             durable_is_kept(folder, name);
         }
-        ends_like_the_whole_run(method, folder, name, steps);
+        ends_like_the_whole_run(v, folder, name);
         BOOST_TEST_REQUIRE(round < 100);
     }
 }
 
+void kill_on_the_cpu(std::string const& method) { kill_and_go_on({method, "cpu", full() ? "600" : "60"}); }
+
+/// A step takes a few milliseconds there.
+void kill_on_the_gpu(std::string const& method) {
+    if (have_tool_gpu()) kill_and_go_on({method, "cuda", full() ? "6000" : "600"});
+}
+
 }  // namespace
 
-BOOST_AUTO_TEST_CASE(traditional_survives_kills) { kill_and_go_on("traditional"); }
-BOOST_AUTO_TEST_CASE(original_survives_kills) { kill_and_go_on("original"); }
-BOOST_AUTO_TEST_CASE(layerwise_survives_kills) { kill_and_go_on("layerwise"); }
+BOOST_AUTO_TEST_CASE(traditional_survives_kills) { kill_on_the_cpu("traditional"); }
+BOOST_AUTO_TEST_CASE(original_survives_kills) { kill_on_the_cpu("original"); }
+BOOST_AUTO_TEST_CASE(layerwise_survives_kills) { kill_on_the_cpu("layerwise"); }
+BOOST_AUTO_TEST_CASE(a_combination_with_asio_survives_kills) {
+    if (!runs_here("host+async+asio")) return skip("no Boost.Asio files here");
+    kill_on_the_cpu("host+async+asio");
+}
+
+BOOST_AUTO_TEST_CASE(traditional_survives_kills_on_a_gpu) { kill_on_the_gpu("traditional"); }
+BOOST_AUTO_TEST_CASE(original_survives_kills_on_a_gpu) { kill_on_the_gpu("original"); }
+BOOST_AUTO_TEST_CASE(layerwise_survives_kills_on_a_gpu) { kill_on_the_gpu("layerwise"); }
 
 }  // namespace varve_test

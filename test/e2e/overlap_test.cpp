@@ -46,6 +46,20 @@ BOOST_AUTO_TEST_CASE(layerwise_writes_before_the_last_layer_is_updated) {
     }
 }
 
+BOOST_AUTO_TEST_CASE(layers_that_are_updated_in_groups_are_written_before_the_last_group_too) {
+    for (std::string const update : {"foreach", "fused"}) {
+        if (!has_update(update)) {
+            skip("this LibTorch has no " + update + " update");
+            continue;
+        }
+        temporary_folder folder;
+        auto const r =
+            run_tool(large_state("train", {"--method", "layerwise", "--dir", folder / "run", "--events", folder / "events", "--update", update}));
+        BOOST_TEST_REQUIRE(r.code == 0, r.err);
+        writes_before_the_last_update(folder / "events", "layerwise");
+    }
+}
+
 BOOST_AUTO_TEST_CASE(it_overlaps_with_a_pool_smaller_than_the_image_and_stays_inside_it) {
     temporary_folder folder;
     auto const r = run_tool(large_state("bench", {"--methods", "layerwise", "--output-dir", folder.path().string(), "--events", folder / "events",

@@ -11,6 +11,8 @@
 #include <stdexcept>
 #include <thread>
 
+#include "support.hpp"
+
 namespace varve_test {
 
 namespace fs = std::filesystem;
@@ -37,6 +39,9 @@ running_tool::running_tool(std::vector<std::string> const& args) : out_(temporar
     if (!tool) throw std::runtime_error("VARVE_TOOL does not say where the command is; run the tests with meson");
     std::vector<std::string> words{tool};
     words.insert(words.end(), args.begin(), args.end());
+    auto given = [&](char const* option) { return std::find(args.begin(), args.end(), option) != args.end(); };
+    if (!args.empty() && (args[0] == "bench" || args[0] == "train") && !given("--list") && !given("--device") && tool_has_gpu())
+        words.insert(words.begin() + 2, {"--device", "cpu"});
     std::vector<char*> argv;
     for (auto& w : words) argv.push_back(w.data());
     argv.push_back(nullptr);
@@ -83,6 +88,22 @@ outcome running_tool::wait() {
 
 outcome run_tool(std::vector<std::string> const& args) { return running_tool(args).wait(); }
 
+bool runs_here(std::string const& method) { return run_tool({"bench", "--device", "cpu", "--methods", method, "--dry-run"}).code == 0; }
+
+bool tool_has_gpu() {
+    static bool const has = [] {
+        auto const list = run_tool({"bench", "--list"}).out;
+        auto const at = list.find("\npinned+async+null ");
+        return at != std::string::npos && list.substr(at + 1, list.find('\n', at + 1) - at).find("cannot run here") == std::string::npos;
+    }();
+    return has;
+}
+
+bool have_tool_gpu() {
+    if (!tool_has_gpu()) skip("the command has no GPU here");
+    return tool_has_gpu();
+}
+
 temporary_folder::temporary_folder() {
     auto pattern = (fs::temp_directory_path() / "varve-e2e-XXXXXX").string();
     if (!::mkdtemp(pattern.data())) throw std::runtime_error("no temporary folder");
@@ -128,6 +149,8 @@ std::vector<std::string> tiny_model(std::vector<std::string> const& more) {
                    "--seq-len", "32", "--batch-size", "4", "--max-async", "2"},
                   more);
 }
+
+bool has_update(std::string const& name) { return run_tool({"bench", "--dry-run", "--device", "cpu", "--update", name}).code == 0; }
 
 std::size_t line_count(std::string const& text) { return static_cast<std::size_t>(std::count(text.begin(), text.end(), '\n')); }
 

@@ -17,7 +17,7 @@ struct outcome {
     std::string out, err;
 };
 
-/// The command in a process of its own.
+/// The command in a process of its own. bench and train run on the CPU unless the arguments name a device.
 class running_tool {
 public:
     explicit running_tool(std::vector<std::string> const& args);
@@ -40,6 +40,13 @@ private:
 };
 
 outcome run_tool(std::vector<std::string> const& args);
+/// Whether this build, on this machine, can run a method; a dry run tells.
+bool runs_here(std::string const& method);
+
+/// Whether the command can train on a GPU here.
+bool tool_has_gpu();
+/// The same for a test that needs one; where there is none, the running test is skipped.
+bool have_tool_gpu();
 
 /// A folder that is gone with the object.
 class temporary_folder {
@@ -67,6 +74,9 @@ std::string newest_file(std::filesystem::path const& store);
 /// Options of a model that trains a step in a few hundredths of a second, with more behind them.
 std::vector<std::string> tiny_model(std::vector<std::string> const& more = {});
 std::vector<std::string> joined(std::vector<std::string> first, std::vector<std::string> const& second);
+
+/// Whether the tool's LibTorch has that update on a CPU.
+bool has_update(std::string const& name);
 
 std::size_t line_count(std::string const& text);
 

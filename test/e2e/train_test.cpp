@@ -9,7 +9,11 @@ namespace varve_test {
 
 namespace {
 
-std::vector<std::string> const methods{"traditional", "original", "layerwise"};
+std::vector<std::string> methods() {
+    std::vector<std::string> names{"traditional", "original", "layerwise"};
+    if (runs_here("host+async+asio")) names.push_back("host+async+asio");
+    return names;
+}
 
 std::vector<std::string> train_args(std::string const& method, std::string const& dir, std::string const& steps,
                                     std::vector<std::string> const& more = {}) {
@@ -26,15 +30,17 @@ void same_bits(std::string const& a, std::string const& b) {
     BOOST_TEST(r.code == 0, a << " and " << b << ": " << r.out << r.err);
 }
 
-}  // namespace
-
-BOOST_AUTO_TEST_CASE(a_run_in_two_halves_ends_with_the_bits_of_one_run) {
-    for (auto const& method : methods) {
+/// A run, and one that is stopped and goes on, by every method.
+void two_halves_are_one_run(std::string const& device) {
+    for (auto const& method : methods()) {
         BOOST_TEST_CONTEXT(method) {
             temporary_folder folder;
-            trains(train_args(method, folder / "one", "11", {"--events", folder / "one.events"}));
-            trains(train_args(method, folder / "two", "6", {"--events", folder / "two.events"}));
-            trains(train_args(method, folder / "two", "11", {"--events", folder / "two.events"}));
+            auto args = [&](std::string const& name, std::string const& steps) {
+                return train_args(method, folder / name, steps, {"--events", folder / (name + ".events"), "--device", device});
+            };
+            trains(args("one", "11"));
+            trains(args("two", "6"));
+            trains(args("two", "11"));
             same_bits(newest_file(folder / "one"), newest_file(folder / "two"));
             std::vector<nlohmann::json> one, two;
             for (auto [file, losses] : {std::pair("one.events", &one), {"two.events", &two}})
@@ -43,6 +49,13 @@ BOOST_AUTO_TEST_CASE(a_run_in_two_halves_ends_with_the_bits_of_one_run) {
             BOOST_TEST((one == two));
         }
     }
+}
+
+}  // namespace
+
+BOOST_AUTO_TEST_CASE(a_run_in_two_halves_ends_with_the_bits_of_one_run) { two_halves_are_one_run("cpu"); }
+BOOST_AUTO_TEST_CASE(a_run_in_two_halves_ends_with_the_bits_of_one_run_on_a_gpu) {
+    if (have_tool_gpu()) two_halves_are_one_run("cuda");
 }
 
 BOOST_AUTO_TEST_CASE(with_nothing_left_to_do_it_says_so) {

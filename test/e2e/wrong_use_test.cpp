@@ -1,7 +1,9 @@
 #include <boost/test/unit_test.hpp>
 
+#include <cerrno>
 #include <fstream>
 
+#include "refused_rings.hpp"
 #include "support.hpp"
 #include "tool.hpp"
 
@@ -59,17 +61,32 @@ BOOST_AUTO_TEST_CASE(values_out_of_range_are_named) {
 }
 
 BOOST_AUTO_TEST_CASE(what_is_not_built_is_said) {
+    if (tool_has_gpu()) return skip("what needs a GPU can run here");
     refused({"bench", "--use-monitor"}, "monitor is not built");
     refused({"bench", "--scenario", "monitor"}, "monitor is not built");
     refused({"bench", "--device", "cuda"}, "no CUDA");
-    refused({"bench", "--update", "fused"}, "plain");
+    refused({"bench", "--update", "fast"}, "plain, foreach or fused");
+    if (!has_update("fused")) refused({"bench", "--update", "fused"}, "take plain");
+    if (!has_update("foreach")) refused({"train", "--method", "layerwise", "--dir", "/tmp/x", "--update", "foreach"}, "take plain");
     refused({"bench", "--gpu-snapshot", "on"}, "no CUDA");
     refused({"bench", "--methods", "nonsense"}, "unknown method 'nonsense'");
-    refused({"bench", "--methods", "host+async+asio"}, "host+async+asio");
+    if (!runs_here("host+async+asio")) refused({"bench", "--methods", "host+async+asio"}, "method host+async+asio: ");
     refused({"bench", "--methods", "pinned+async+posix"}, "pinned");
     refused({"bench", "--methods", "gds+layerwise+io_uring"}, "gds");
     refused({"train", "--method", "none", "--dir", "/tmp/x"}, "no files");
     refused({"train", "--method", "host+sync+null", "--dir", "/tmp/x"}, "no files");
+}
+
+BOOST_AUTO_TEST_CASE(a_combination_whose_ring_is_refused_here_is_a_usage_error_that_says_why) {
+    if (!runs_here("host+async+asio")) return skip("no Boost.Asio files here");
+    int const status = in_a_child([] {
+        if (!refuse_rings(EPERM)) return 77;
+        auto const r = run_tool({"bench", "--methods", "host+async+asio"});
+        bool const said = r.err.find("method host+async+asio: the kernel refuses io_uring here") != std::string::npos;
+        return r.code == 2 && r.out.empty() && line_count(r.err) == 1 && said ? 0 : 1;
+    });
+    if (status == 77) return skip("no seccomp filters here");
+    BOOST_TEST(status == 0);
 }
 
 BOOST_AUTO_TEST_CASE(a_wrong_configuration_file_is_refused_with_its_key) {

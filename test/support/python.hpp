@@ -7,6 +7,7 @@
 #include <string_view>
 
 #include "files.hpp"
+#include "shell.hpp"
 #include "support.hpp"
 
 namespace varve_test {
@@ -19,7 +20,7 @@ inline std::optional<std::string> find_python() {
         return std::nullopt;
     }
     auto command = "'" + std::string(path) + "' -c 'import torch, safetensors.torch' 2>/dev/null";
-    if (std::system(command.c_str()) != 0) {
+    if (shell(command) != 0) {
         skip("the Python of VARVE_TEST_PYTHON has no torch or no safetensors");
         return std::nullopt;
     }
@@ -30,7 +31,7 @@ inline std::optional<std::string> find_python() {
 inline bool run_python(std::string const& interpreter, std::filesystem::path const& folder, std::string_view program) {
     write_file(folder / "program.py", program);
     auto command = "cd '" + folder.string() + "' && '" + interpreter + "' program.py";
-    return std::system(command.c_str()) == 0;
+    return shell(command) == 0;
 }
 
 }  // namespace varve_test

@@ -3,7 +3,9 @@
 
 #include <boost/test/unit_test.hpp>
 
+#include <cstdlib>
 #include <cstring>
+#include <mutex>
 #include <random>
 #include <set>
 
@@ -53,6 +55,47 @@ std::string line_of(std::function<void()> const& call) {
     }
     return "";
 }
+
+/// A device whose copies happen as late as its rules allow: when a piece is given back. Its memory is the host's.
+class late_device final : public varve::device_memory {
+public:
+    std::span<std::byte> borrow() override {
+        std::lock_guard lock(mutex_);
+        ++lent_;
+        auto* memory = static_cast<std::byte*>(std::aligned_alloc(4096, piece_bytes));
+        return {memory, piece_bytes};
+    }
+    void write(varve::tensor const& to, std::uint64_t offset_bytes, std::span<std::byte const> bytes) override {
+        std::lock_guard lock(mutex_);
+        pending_.push_back({&to, offset_bytes, bytes});
+    }
+    void give_back(std::span<std::byte> piece) noexcept override {
+        std::lock_guard lock(mutex_);
+        std::erase_if(pending_, [&](auto const& w) {
+            if (w.bytes.data() < piece.data() || w.bytes.data() >= piece.data() + piece.size()) return false;
+            varve::detail::scatter(*w.to, w.offset, w.bytes.size(), w.bytes.data());
+            return true;
+        });
+        --lent_;
+        std::free(piece.data());
+    }
+    void finish() override {}
+    void read(varve::tensor const& from, std::uint64_t offset_bytes, std::span<std::byte> out) override {
+        varve::detail::gather(from, offset_bytes, out.size(), out.data());
+    }
+
+    bool is_quiet() const noexcept { return lent_ == 0 && pending_.empty(); }
+
+private:
+    struct late_write {
+        varve::tensor const* to;
+        std::uint64_t offset;
+        std::span<std::byte const> bytes;
+    };
+    std::mutex mutex_;
+    std::vector<late_write> pending_;
+    int lent_ = 0;
+};
 
 struct files {
     temporary_folder folder;
@@ -124,6 +167,31 @@ BOOST_AUTO_TEST_CASE(what_was_written_is_identified_verified_and_restored_bit_fo
                 format.restore(fd.get(), fresh.state, {workers, true, verify_first, false});
                 BOOST_TEST((fresh.bytes() == before));
             }
+    }
+}
+
+BOOST_AUTO_TEST_CASE(tensors_in_device_memory_are_restored_through_what_the_device_lends) {
+    auto s = example();
+    auto const good = checkpoint_bytes(s.state, {1, 1, {}});
+    for (bool drop_pages : {false, true}) {
+        auto fd = open(good);
+        ::fsync(fd.get());
+        if (drop_pages) ::posix_fadvise(fd.get(), 0, 0, POSIX_FADV_DONTNEED);
+        auto fresh = example(99);
+        for (auto& l : fresh.state.layers)
+            for (auto& t : l.tensors)
+                if (l.name != "run") t.memory = varve::memory_kind::device;
+        late_device device;
+        varve::restore_options options{.workers = 3, .device = &device};
+        varve::safetensors{}.restore(fd.get(), fresh.state, options);
+        BOOST_TEST((fresh.bytes() == s.bytes()));
+        BOOST_TEST(device.is_quiet());
+        BOOST_TEST((code_of([&] { varve::safetensors{}.restore(fd.get(), fresh.state, {}); }) == errc::unsupported));
+
+        auto broken = good;
+        broken.back() = static_cast<char>(broken.back() ^ 1);
+        BOOST_TEST((code_of([&] { varve::safetensors{}.restore(open(broken).get(), fresh.state, options); }) == errc::not_whole));
+        BOOST_TEST(device.is_quiet());
     }
 }
 

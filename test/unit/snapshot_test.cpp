@@ -1,5 +1,6 @@
 #include <boost/test/unit_test.hpp>
 
+#include <atomic>
 #include <chrono>
 #include <memory>
 #include <mutex>
@@ -75,15 +76,23 @@ public:
                                           into.bytes->data() + p.offset_bytes - image_.header_bytes);
         return {};
     }
-    using host_staging::copy;
+    token_type copy(buffer_type& into, std::span<varve::copy_range const> ranges, point_type const& after) noexcept {
+        ++*from_tensors_;
+        return host_staging::copy(into, ranges, after);
+    }
     token_type copy(buffer_type& into, std::size_t at, snapshot_type const& from, std::uint64_t offset, std::size_t size,
                     token_type const&) noexcept {
+        ++*from_snapshots_;
         std::memcpy(into.data() + at, from.bytes->data() + offset, size);
         return {};
     }
 
+    int copies_from_tensors() const { return *from_tensors_; }
+    int copies_from_snapshots() const { return *from_snapshots_; }
+
 private:
     std::size_t most_;
+    std::shared_ptr<std::atomic<int>> from_tensors_ = std::make_shared<std::atomic<int>>(0), from_snapshots_ = std::make_shared<std::atomic<int>>(0);
     std::shared_ptr<room> room_ = std::make_shared<room>();
     varve::image image_;
     varve::state const* state_ = nullptr;
@@ -186,6 +195,29 @@ BOOST_AUTO_TEST_CASE(a_save_that_is_replaced_gives_its_snapshot_to_the_next) {
     for (std::size_t i = 1; i + 1 < tickets.size(); ++i) BOOST_TEST((tickets[i].durable().wait() == varve::errc::replaced));
     ck.restore(6);
     BOOST_TEST(model.is_of(6));
+}
+
+BOOST_AUTO_TEST_CASE(a_save_that_gives_way_at_every_step_leaves_the_next_one_its_snapshot_at_once) {
+    temporary_folder dir;
+    auto control = std::make_shared<sink_control>();
+    control->close_gate();
+    toy_model model(6, floats_per_block / 2 + 17);
+    varve::checkpointer_options options;
+    options.busy = varve::when_busy::replace;
+    checkpointer<varve::layerwise<2>> ck(model.state(), {16 * block, block, 2}, {}, plain_file_sink(control), dir.path(), keep_all(), options);
+    varve::ticket last = train_step(ck, model, 1);
+    std::this_thread::sleep_for(50ms);
+    auto const of_the_first = ck.staging().copies_from_snapshots();
+    BOOST_TEST(of_the_first > 0);
+    for (std::uint64_t step = 2; step <= 50; ++step) last = train_step(ck, model, step);
+    std::this_thread::sleep_for(50ms);
+    BOOST_TEST(ck.staging().copies_from_snapshots() == of_the_first);
+    BOOST_TEST(ck.staging().copies_from_tensors() == 0);
+    control->open_gate();
+    BOOST_TEST(!last.durable().wait());
+    ck.drain();
+    ck.restore(50);
+    BOOST_TEST(model.is_of(50));
 }
 
 BOOST_AUTO_TEST_CASE(a_save_that_ends_early_leaves_its_snapshot_and_its_layers_free) {

@@ -74,6 +74,11 @@ concept regions = requires(S& s) {
 template <class S>
 concept memory = requires { typename std::integral_constant<memory_kind, S::memory>; };
 
+template <class S>
+concept digest = requires(S& s, typename S::buffer_type const& b, std::size_t size, std::span<std::uint64_t> out) {
+    { s.digest(b, size, out) } noexcept -> std::same_as<std::error_code>;
+};
+
 }  // namespace detail::staging_has
 
 /// S satisfies `staging`, the pool where bytes wait once they have left the training tensors, if:
@@ -137,6 +142,22 @@ concept reaching_staging = staging<S> && requires(S& s, typename S::order_type o
 template <class S>
 concept lending_staging = staging<S> && requires(typename S::buffer_type const& b) {
     { b.lend() } noexcept -> std::same_as<loan>;
+};
+
+/// S satisfies `digesting_staging`, a staging that hashes its buffers itself, as one whose buffers the CPU cannot read
+/// has to, if it is a staging and:
+///  1. `digest(buffer, size_bytes, digests)` is noexcept and puts the XXH3-64 (seed 0) of each chunk of digest_chunk_bytes
+///     within the buffer's first size_bytes, the last of which may be shorter, into the front of `digests`;
+///  2. it returns when they are there, or with the error that kept them away.
+/// Called once the copies into the buffer are done, on several threads, and while the sink reads the same bytes.
+template <class S>
+concept digesting_staging = staging<S> && detail::staging_has::digest<S>;
+
+/// A staging that knows how long updates stood, on the device, in the waits of order_after: `gpu_wait_ns()` is noexcept and
+/// says how long so far, as far as is known without waiting. Called by the training thread.
+template <class S>
+concept wait_measuring_staging = staging<S> && requires(S const& s) {
+    { s.gpu_wait_ns() } noexcept -> std::same_as<std::int64_t>;
 };
 
 /// Explains, one line a member, what S lacks to be a staging. Instantiate it where `staging<S>` fails.

@@ -14,6 +14,8 @@
 #include "varve/concepts/sink.hpp"
 #include "varve/detail/open_file.hpp"
 #include "varve/error.hpp"
+#include "varve/state.hpp"
+#include "varve/system.hpp"
 
 namespace varve::detail {
 
@@ -29,6 +31,8 @@ struct file_transfer {
     std::size_t size_bytes = 0;
     int slot = unregistered;
     completion done{};
+    memory_kind memory = memory_kind::host;
+    void* file = nullptr;  ///< what the engine knows the file by, if it has a name of its own for it
 
     /// How many of the bytes, from the first, may go through the direct descriptor.
     std::size_t direct_bytes() const noexcept {
@@ -45,7 +49,7 @@ struct file_request {
     std::size_t claimed_bytes = 0;           ///< under the queue's mutex
     file_request* next = nullptr;            ///< under the queue's mutex
     std::atomic<std::size_t> unfinished{0};  ///< pieces
-    std::atomic<int> error{0};               ///< errno of the first piece that failed
+    std::atomic<int> error{0};               ///< errno, or the engine's own number, of the first piece that failed
 };
 
 /// A part of a request that one system call at a time carries out; `begin` moves as bytes go.
@@ -55,11 +59,35 @@ struct file_piece {
     std::size_t end = 0;
     bool direct = false;
 
+    static constexpr std::size_t longest_ring_bytes = 1u << 30;  ///< of one entry of a ring, whose length has 32 bits
+
     bool over() const noexcept { return begin == end || request->error.load(std::memory_order_relaxed) != 0; }
     int fd() const noexcept { return direct ? request->what.direct_fd : request->what.buffered_fd; }
     std::byte* data() const noexcept { return request->what.data + begin; }
     std::size_t size() const noexcept { return end - begin; }
     off_t offset() const noexcept { return static_cast<off_t>(request->what.offset_bytes + begin); }
+
+    /// How much of what is left a ring may be given now: fewer where the seam tears it, or 0 and the errno that ends the piece.
+    std::size_t ring_bytes(system_calls& calls, int& error) noexcept {
+        std::size_t bytes = std::min(size(), longest_ring_bytes);
+        if (request->what.way == transfer::read) return bytes;
+        ssize_t allowed = 0;
+        do allowed = calls.ring_write(fd(), data(), bytes, offset());
+        while (allowed < 0 && (errno == EINTR || errno == EAGAIN));
+        if (allowed <= 0) {
+            error = allowed < 0 ? errno : EIO;
+            return 0;
+        }
+        bytes = std::min(bytes, static_cast<std::size_t>(allowed));
+        // What is torn inside a block of the disk cannot go direct.
+        if (direct && bytes % direct_alignment != 0) {
+            if (bytes < direct_alignment)
+                direct = false;
+            else
+                bytes -= bytes % direct_alignment;
+        }
+        return bytes;
+    }
 
     /// Takes what one call transferred or, below 0, its negative errno. Returns the errno that ends the piece, or 0.
     int take(std::int64_t result, seen_write_mode& mode) noexcept {
@@ -88,7 +116,10 @@ struct file_piece {
 /// Requests in the order in which they came. Thread-safe; allocates only when more requests wait than ever before.
 class file_request_queue {
 public:
-    explicit file_request_queue(std::size_t expected) { grow(std::max<std::size_t>(expected, 1)); }
+    /// `code_of` makes the code of what finish was given.
+    explicit file_request_queue(std::size_t expected, std::error_code (*code_of)(int) noexcept = last_system_error) : code_of_(code_of) {
+        grow(std::max<std::size_t>(expected, 1));
+    }
 
     /// Adds a transfer of at least one byte; its pieces are of `piece_bytes`, a multiple of the alignment, where they are
     /// direct. Returns the number of pieces, or 0 where there is no memory left (and the completion is not called).
@@ -130,7 +161,7 @@ public:
         return true;
     }
 
-    /// Ends a piece with its errno or 0, and the request with its last piece.
+    /// Ends a piece with its error or 0, and the request with its last piece.
     void finish(file_piece const& p, int error) noexcept {
         auto* r = p.request;
         if (int none = 0; error != 0) r->error.compare_exchange_strong(none, error);
@@ -142,7 +173,7 @@ public:
             r->next = free_;
             free_ = r;
         }
-        done(outcome == 0 ? std::error_code{} : last_system_error(outcome));
+        done(outcome == 0 ? std::error_code{} : code_of_(outcome));
     }
 
 private:
@@ -155,6 +186,7 @@ private:
         }
     }
 
+    std::error_code (*code_of_)(int) noexcept;
     std::mutex mutex_;
     std::vector<std::unique_ptr<file_request>> all_;
     file_request* free_ = nullptr;

@@ -294,7 +294,7 @@ private:
                 if (job->sealed) return job;
                 return nullptr;
             }
-            return may_copy(*job, next_part(*job)) && (job->next_part > 0 || has_room(*job)) ? job : nullptr;
+            return may_copy(*job, next_part(*job)) && (job->next_part > 0 || (has_room(*job) && !stays_aside(*job))) ? job : nullptr;
         }
         return nullptr;
     }
@@ -304,6 +304,11 @@ private:
         return job.points[part.layer].has_value() && (copies_ == copy_moment::at_layer_ready || job.sealed);
     }
     bool has_room(job_type const& job) const { return job.open_blocks < blocks_per_save_; }
+    /// A save that may have to give way is not copied from its snapshot before its turn: the next one takes the snapshot over at
+    /// once, and what never gets to the sink does not use up the way there.
+    bool stays_aside(job_type const& job) const {
+        return options_.busy == when_busy::replace && job.by_snapshot && job.place == turn::waiting && writing_ >= options_.writing_at_once;
+    }
 
     void copy_loop(std::stop_token stop) {
         std::unique_lock lock(mutex_);
@@ -512,7 +517,12 @@ private:
         if (!hashes_) return;
         auto const& plan = map_.blocks()[block.index];
         auto first = (plan.offset_bytes - image_.header_bytes) / digest_chunk_bytes;
-        chunk_digests({block.buffer.data(), plan.size_bytes}, std::span(block.job->chunk_digests).subspan(first));
+        auto out = std::span(block.job->chunk_digests).subspan(first);
+        if constexpr (digesting_staging<Staging>) {
+            if (auto ec = staging_.digest(block.buffer, plan.size_bytes, out)) fail(*block.job, ec);
+        } else {
+            chunk_digests({block.buffer.data(), plan.size_bytes}, out);
+        }
     }
 
     /// The first error stays. Called while one of the save's blocks is open, so that the save outlives the call.
@@ -602,12 +612,14 @@ private:
             if (!commit_work_.wait(lock, stop, [&] { return (job = next()) != nullptr; })) return;
             bool const handed = job->place == turn::handed;
             job->committing = true;
+            if (job->place == turn::writing) --writing_;
             lock.unlock();
             if (handed) {
                 tell_news(job);
             } else {
-                bring_in(job);
+                // The next one's blocks are on their way while this one's header and its commit are waited for.
                 hand_on_turns();
+                bring_in(job);
             }
             lock.lock();
         }
@@ -628,7 +640,6 @@ private:
         {
             std::lock_guard lock(mutex_);
             job.place = turn::handed;
-            --writing_;
         }
         std::span<std::uint64_t const> digests;
         if (hashes_) digests = job.chunk_digests;
@@ -713,7 +724,6 @@ private:
             job->ticket->reach(goal::durable);
         {
             std::lock_guard lock(mutex_);
-            if (job->place == turn::writing) --writing_;
             std::erase(jobs_, job);
             // With no save in flight no copy is on its way, and a caller who never asks does not gather tokens.
             if (std::all_of(jobs_.begin(), jobs_.end(), [](auto const& j) { return j->place == turn::handed; }))

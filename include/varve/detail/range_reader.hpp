@@ -64,23 +64,21 @@ public:
         return done;
     }
 
-    /// Where in `scratch` the byte at `offset` stands when it is read there.
-    static std::byte* place(aligned_buffer const& scratch, std::uint64_t offset) noexcept { return scratch.data() + offset % alignment; }
-
-    /// Reads [offset + done, offset + size) to its place in `scratch`, whose first `done` bytes are there already.
-    void read(aligned_buffer const& scratch, std::uint64_t offset, std::size_t size, std::size_t done) const {
-        if (direct_ && read_direct(scratch, offset, size, done)) return;
-        read_exactly(fd_, place(scratch, offset) + done, size - done, offset + done);
+    /// Reads [offset + done, offset + size) to `to` + done; the first `done` bytes are there already. `to` lies as far behind
+    /// an aligned address as `offset` does, and from there on to the next one behind the end all memory is the caller's.
+    void read(std::byte* to, std::uint64_t offset, std::size_t size, std::size_t done) const {
+        if (direct_ && read_direct(to - offset % alignment, offset, size, done)) return;
+        read_exactly(fd_, to + done, size - done, offset + done);
     }
 
 private:
-    /// Reads what lies behind the first `done` bytes; false where the file system refuses.
-    bool read_direct(aligned_buffer const& scratch, std::uint64_t offset, std::size_t size, std::size_t done) const {
+    /// Reads what lies behind the first `done` bytes; false where the file system refuses. The aligned range begins at `scratch`.
+    bool read_direct(std::byte* scratch, std::uint64_t offset, std::size_t size, std::size_t done) const {
         auto const base = offset - offset % alignment;
         auto const end = offset + size;
         for (auto at = (offset + done) / alignment * alignment; at < end;) {
             auto want = (end - at + alignment - 1) / alignment * alignment;
-            auto n = ::pread(direct_.get(), scratch.data() + (at - base), want, static_cast<off_t>(at));
+            auto n = ::pread(direct_.get(), scratch + (at - base), want, static_cast<off_t>(at));
             if (n < 0 && errno == EINTR) continue;
             if (n < 0 && errno == EINVAL) return false;
             if (n < 0) throw_if(last_system_error(errno), "cannot read at byte " + std::to_string(at));
@@ -88,7 +86,7 @@ private:
             if (at >= end) break;
             // A read that ends off the alignment ended with the file, or was cut short: the rest comes buffered.
             if (n == 0 || at % alignment != 0) {
-                read_exactly(fd_, scratch.data() + (at - base), static_cast<std::size_t>(end - at), at);
+                read_exactly(fd_, scratch + (at - base), static_cast<std::size_t>(end - at), at);
                 break;
             }
         }

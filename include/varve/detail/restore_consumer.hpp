@@ -19,6 +19,9 @@ public:
     /// `tensors` are sorted by where they begin; they outlive this. `device` is the way to those in GPU memory.
     restore_consumer(std::vector<restored_tensor> const& tensors, device_memory* device) : tensors_(tensors), device_(device) {}
 
+    /// Lends the memory that every byte goes through, where tensors lie in GPU memory.
+    device_memory* lender() const noexcept { return device_; }
+
     bool wants(std::uint64_t begin, std::uint64_t end) const {
         auto it = first_behind(begin);
         return it != tensors_.end() && it->begin < end;
@@ -27,14 +30,13 @@ public:
     /// Straight into the tensor where a run of chunks lies in one; a buffer serves where tensors are short.
     destination at(std::uint64_t offset, std::size_t size) const {
         constexpr std::size_t worthwhile_bytes = 2 * digest_chunk_bytes;
-        destination const through_a_buffer{nullptr, std::min(size, worthwhile_bytes)};
+        destination const through_a_buffer(nullptr, std::min(size, worthwhile_bytes));
         auto it = first_behind(offset);
-        if (it != tensors_.end() && it->target->memory == memory_kind::device) return {nullptr, size};
         if (it == tensors_.end() || it->begin > offset || !is_contiguous(*it->target)) return through_a_buffer;
         auto left = it->end() - offset;
         auto run = left >= size ? size : static_cast<std::size_t>(left / digest_chunk_bytes * digest_chunk_bytes);
         bool shared = it + 1 != tensors_.end() && (it + 1)->begin < it->end();  // two names of the state for one in the file
-        if (shared || run < through_a_buffer.size_bytes) return through_a_buffer;
+        if (shared || run < through_a_buffer.second) return through_a_buffer;
         return {static_cast<std::byte*>(it->target->data) + (offset - it->begin), run};
     }
 

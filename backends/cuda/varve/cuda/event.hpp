@@ -53,7 +53,7 @@ private:
 class event_pool : public std::enable_shared_from_this<event_pool> {
 public:
     /// For the device that the calling thread is on; `ready` events are made at once, while there is memory. Throws error.
-    explicit event_pool(std::size_t ready = 64) {
+    explicit event_pool(std::size_t ready = 64) : event_pool(empty{}) {
         free_.reserve(ready);
         for (; made_ < ready; ++made_) free_.push_back(make());
     }
@@ -88,6 +88,10 @@ public:
     }
 
 private:
+    /// From here on the destructor runs, so that those made before one fails are given back.
+    struct empty {};
+    explicit event_pool(empty) noexcept {}
+
     static cudaEvent_t make() {
         cudaEvent_t e = nullptr;
         throw_if(::cudaEventCreateWithFlags(&e, cudaEventDisableTiming | cudaEventBlockingSync), "an event");

@@ -3,6 +3,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstddef>
+#include <cstdint>
 #include <span>
 #include <string>
 #include <utility>
@@ -35,6 +36,39 @@ public:
     std::span<std::byte> bytes() const noexcept { return {data_, size_bytes_}; }
 
 private:
+    std::byte* data_ = nullptr;
+    std::size_t size_bytes_ = 0;
+};
+
+/// GPU memory that other devices may be told of: an allocation of its own. Giving it back waits for the whole device.
+class device_bytes {
+public:
+    static constexpr std::size_t alignment = 64u << 10;
+
+    device_bytes() noexcept = default;
+    /// On the calling thread's device, at a multiple of `alignment`. Throws error.
+    explicit device_bytes(std::size_t size_bytes) : size_bytes_(size_bytes) {
+        throw_if(::cudaMalloc(&memory_, size_bytes + alignment - 1), "cannot have " + std::to_string(size_bytes) + " bytes of GPU memory");
+        auto const address = reinterpret_cast<std::uintptr_t>(memory_);
+        data_ = static_cast<std::byte*>(memory_) + ((address + alignment - 1) / alignment * alignment - address);
+    }
+    device_bytes(device_bytes&& other) noexcept
+        : memory_(std::exchange(other.memory_, nullptr)), data_(std::exchange(other.data_, nullptr)), size_bytes_(other.size_bytes_) {}
+    device_bytes& operator=(device_bytes&& other) noexcept {
+        std::swap(memory_, other.memory_);
+        std::swap(data_, other.data_);
+        std::swap(size_bytes_, other.size_bytes_);
+        return *this;
+    }
+    ~device_bytes() {
+        if (memory_) ::cudaFree(memory_);
+    }
+
+    std::byte* data() const noexcept { return data_; }
+    std::span<std::byte> bytes() const noexcept { return {data_, size_bytes_}; }
+
+private:
+    void* memory_ = nullptr;
     std::byte* data_ = nullptr;
     std::size_t size_bytes_ = 0;
 };

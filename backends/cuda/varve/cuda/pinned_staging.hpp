@@ -1,15 +1,8 @@
 #pragma once
 
-#include <cuda_runtime_api.h>
-
 #include <algorithm>
 #include <cstddef>
-#include <cstdint>
-#include <map>
 #include <memory>
-#include <mutex>
-#include <new>
-#include <optional>
 #include <span>
 #include <stop_token>
 #include <string>
@@ -18,12 +11,10 @@
 #include <vector>
 
 #include "varve/concepts/staging.hpp"
-#include "varve/cuda/detail/enqueue.hpp"
+#include "varve/cuda/detail/stream_staging.hpp"
 #include "varve/cuda/device.hpp"
-#include "varve/cuda/error.hpp"
-#include "varve/cuda/event.hpp"
 #include "varve/cuda/memory.hpp"
-#include "varve/cuda/snapshot.hpp"
+#include "varve/cuda/stream_order.hpp"
 #include "varve/cuda/transfer.hpp"
 #include "varve/detail/block_pool.hpp"
 #include "varve/detail/gather.hpp"
@@ -31,15 +22,10 @@
 
 namespace varve::cuda {
 
-/// What orders copies against the training: the stream that its updates are in.
-struct stream_order {
-    cudaStream_t stream = nullptr;  ///< nullptr: the default stream
-    int device = -1;                ///< that the stream belongs to; negative: the one that the calling thread is on
-};
-
 struct pinned_staging_options {
     std::size_t snapshots = 0;    ///< saves that may be put aside in GPU memory at once; 0: none
     double snapshot_share = 0.5;  ///< of the GPU memory that is free at the start, at most
+    bool measure_waits = false;   ///< gpu_wait_ns() says how long updates waited in their streams; costs two events a wait
 };
 
 /// A pool of buffers in page-locked host memory, filled from GPU memory by copies on streams of its own.
@@ -51,65 +37,21 @@ struct pinned_staging_options {
 /// With snapshots it satisfies snapshotting_staging. Source: CUDA Runtime API, "Stream Management", "Event Management".
 ///
 ///     varve::cuda::pinned_staging staging(8 * block_bytes, block_bytes, {.snapshots = 2});
-class pinned_staging {
+class pinned_staging : public detail::stream_staging {
 public:
     static constexpr memory_kind memory = memory_kind::pinned;
-
-    using order_type = stream_order;
-    using point_type = event;
-    using token_type = event;
-    using buffer_type = varve::detail::block_pool::buffer;
-    using snapshot_type = snapshot_room::slot;
 
     /// Allocates `pool_bytes`, rounded down to whole blocks but at least one, in regions of at most 1 GiB; every GPU may
     /// copy there. `block_bytes` is a multiple of block_unit_bytes. Throws error with the code of CUDA: equal to
     /// std::errc::not_enough_memory where no more can be page-locked, or the current device has no room for a stream.
-    pinned_staging(std::size_t pool_bytes, std::size_t block_bytes, pinned_staging_options options = {}) : shared_(std::make_shared<shared>()) {
-        shared_->options = options;
-        auto const count = std::max<std::size_t>(1, pool_bytes / block_bytes);
-        auto const most = varve::detail::block_pool::blocks_per_region(block_bytes);
-        auto memory = std::make_shared<std::vector<page_locked>>();
-        std::vector<std::span<std::byte>> regions;
-        try {
-            for (std::size_t first = 0; first < count; first += most) {
-                memory->emplace_back(std::min(most, count - first) * block_bytes);
-                regions.push_back(memory->back().bytes());
-            }
-        } catch (error const& e) {
-            throw error(e.code(), "staging pool of " + std::to_string(count * block_bytes) + " bytes: " + e.what() + "; give a smaller pool");
-        }
-        shared_->pool = std::make_shared<varve::detail::block_pool>(std::move(regions), block_bytes, std::move(memory));
-        // What belongs to the device at hand, while it has memory; other devices get theirs at their first use.
-        relaxed_capture relaxed;
-        int device = 0;
-        throw_if(::cudaGetDevice(&device), "the current device");
-        std::error_code failed;
-        if (!shared_->on(device, failed)) throw error(failed, "a stream for copies on GPU " + std::to_string(device) + ": " + failed.message());
-    }
+    pinned_staging(std::size_t pool_bytes, std::size_t block_bytes, pinned_staging_options options = {})
+        : stream_staging(allocate(pool_bytes, block_bytes), options.snapshots, options.snapshot_share, options.measure_waits) {}
 
-    std::size_t block_bytes() const noexcept { return shared_->pool->block_bytes(); }
-    std::size_t block_count() const noexcept { return shared_->pool->count(); }
-    std::span<std::span<std::byte> const> regions() const noexcept { return shared_->pool->regions(); }
-
-    /// Waits for a free buffer; returns an empty one when `stop` is requested. Thread-safe.
-    buffer_type acquire(std::stop_token stop) { return varve::detail::block_pool::acquire(shared_->pool, stop); }
-
-    point_type record(order_type order) noexcept {
-        relaxed_capture relaxed;
-        if (auto ec = refuse_capture(order.stream)) return {nullptr, ec};
-        device_scope on(order.device);
-        int device = order.device;
-        if (device < 0)
-            if (auto ec = code_of(::cudaGetDevice(&device))) return {nullptr, ec};
-        std::error_code failed;
-        auto* of = shared_->on(device, failed);
-        return of ? of->events->record(order.stream) : event(nullptr, failed);
-    }
-
+    using stream_staging::copy;
     token_type copy(buffer_type& into, std::span<copy_range const> ranges, point_type const& after) noexcept {
         if (after.failed()) return after;
         relaxed_capture relaxed;
-        issued_copies issued(*shared_, after);
+        issued_copies issued(*this, after);
         std::error_code failed;
         bool waited = false;
         for (auto const& r : ranges) {
@@ -126,155 +68,48 @@ public:
         return issued.finish(failed);
     }
 
-    std::error_code order_after(token_type const& token, order_type order) noexcept {
-        relaxed_capture relaxed;
-        if (auto ec = refuse_capture(order.stream)) return ec;
+    /// The way to tensors on the calling thread's device, once the work in `order` is done; through the blocks of the pool that
+    /// are free, since page-locking more would take longer than the way. Throws error.
+    std::unique_ptr<device_memory> reach(order_type order) {
         device_scope on(order.device);
-        return token.order(order.stream);
-    }
-
-    /// The way to tensors on the calling thread's device, once the work in `order` is done. Throws error.
-    std::unique_ptr<device_memory> reach(order_type order) const {
-        device_scope on(order.device);
-        return std::make_unique<transfer>(order.stream);
-    }
-
-    // ---- snapshots ----
-
-    /// Takes min(count, options.snapshots) times the image's bytes of GPU memory, or less; describe() says how much, or why none.
-    std::size_t prepare_snapshots(image const& img, state const& s, std::size_t count) {
-        count = std::min(count, shared_->options.snapshots);
-        if (count == 0 || img.data_bytes() == 0) return 0;
-        try {
-            shared_->room = std::make_shared<snapshot_room>(img, s, count, shared_->options.snapshot_share);
-            shared_->why_no_snapshot = shared_->room->why();
-            if (shared_->room->count() == 0) shared_->room.reset();
-        } catch (error const& e) {
-            shared_->why_no_snapshot = e.what();
+        std::stop_source at_once;
+        at_once.request_stop();
+        auto blocks = std::make_shared<std::vector<buffer_type>>();
+        std::vector<std::span<std::byte>> memory;
+        for (std::size_t bytes = 0; block_bytes() >= device_memory::piece_bytes && bytes < most_reach_bytes; bytes += block_bytes()) {
+            auto block = acquire(at_once.get_token());
+            if (!block) break;
+            memory.emplace_back(block.data(), block_bytes());
+            blocks->push_back(std::move(block));
         }
-        return shared_->room ? shared_->room->count() : 0;
+        return std::make_unique<transfer>(order.stream, memory, std::move(blocks));
     }
-
-    snapshot_type acquire_snapshot() noexcept {
-        if (!shared_->room) return {};
-        return shared_->room->acquire();
-    }
-
-    token_type take(snapshot_type& into, std::span<std::size_t const> layers, std::span<point_type const> after) noexcept {
-        return shared_->room->take(into, layers, after);
-    }
-
-    token_type copy(buffer_type& into, std::size_t buffer_offset_bytes, snapshot_type const& from, std::uint64_t offset_bytes, std::size_t size_bytes,
-                    token_type const& taken) noexcept {
-        if (taken.failed()) return taken;
-        relaxed_capture relaxed;
-        auto const device = shared_->room->device();
-        device_scope on(device);
-        std::error_code failed;
-        auto* of = shared_->on(device, failed);
-        if (!of) return {nullptr, failed};
-        auto const stream = of->copies.get();
-        failed = taken.order(stream);
-        if (!failed)
-            failed = code_of(::cudaMemcpyAsync(into.data() + buffer_offset_bytes, shared_->room->memory(from) + offset_bytes, size_bytes,
-                                               cudaMemcpyDefault, stream));
-        return of->events->mark(stream, failed);
-    }
-
-    /// GPU memory that the snapshots take.
-    std::uint64_t snapshot_bytes() const noexcept { return shared_->room ? shared_->room->bytes() : 0; }
 
     /// One line: the pool, the snapshots and what GPU memory they take, or why there are none.
     std::string describe() const {
-        auto text = "page-locked memory, " + std::to_string(block_count()) + " blocks of " + std::to_string(block_bytes() >> 20) + " MiB";
-        if (shared_->room)
-            text += "; " + std::to_string(shared_->room->count()) + (shared_->room->count() == 1 ? " snapshot" : " snapshots") + " in " +
-                    std::to_string(snapshot_bytes() / 1'000'000) + " MB of GPU " + std::to_string(shared_->room->device()) +
-                    (detail::has_kernels() ? "" : ", one copy a tensor (built without nvcc)");
-        if (shared_->options.snapshots != 0 && !shared_->why_no_snapshot.empty())
-            text += (shared_->room ? "; no more: " : "; no snapshot: ") + shared_->why_no_snapshot;
-        return text;
+        return "page-locked memory, " + std::to_string(block_count()) + " blocks of " + std::to_string(block_bytes() >> 20) + " MiB" + describe_snapshots();
     }
 
 private:
-    struct on_device {
-        side_stream copies{true};
-        std::shared_ptr<event_pool> events = std::make_shared<event_pool>();
-    };
+    static constexpr std::size_t most_reach_bytes = 256u << 20;
 
-    struct shared {
-        std::shared_ptr<varve::detail::block_pool> pool;
-        pinned_staging_options options;
-        std::shared_ptr<snapshot_room> room;
-        std::string why_no_snapshot;
-        std::mutex mutex;
-        std::map<int, on_device> devices;
-
-        ~shared() {
-            for (auto& [index, d] : devices) ::cudaStreamSynchronize(d.copies.get());
-        }
-
-        /// What belongs to the device that the calling thread is on; made at its first use.
-        on_device* on(int device, std::error_code& failed) noexcept {
-            try {
-                std::lock_guard lock(mutex);
-                return &devices.try_emplace(device).first->second;
-            } catch (error const& e) {
-                failed = e.code();
-            } catch (std::bad_alloc const&) {
-                failed = std::make_error_code(std::errc::not_enough_memory);
+    static std::shared_ptr<varve::detail::block_pool> allocate(std::size_t pool_bytes, std::size_t block_bytes) {
+        auto const count = std::max<std::size_t>(1, pool_bytes / block_bytes);
+        auto const most = varve::detail::block_pool::blocks_per_region(block_bytes);
+        auto memory = std::make_shared<std::vector<page_locked>>();
+        std::vector<std::span<std::byte>> regions;
+        try {
+            for (std::size_t first = 0; first < count; first += most) {
+                memory->emplace_back(std::min(most, count - first) * block_bytes);
+                regions.push_back(memory->back().bytes());
             }
-            return nullptr;
+        } catch (error const& e) {
+            throw error(e.code(), "staging pool of " + std::to_string(count * block_bytes) + " bytes: " + e.what() + "; give a smaller pool");
         }
-    };
-
-    /// The copies of one call, which may be in the streams of several devices.
-    class issued_copies {
-    public:
-        issued_copies(shared& s, event const& after) noexcept : shared_(s), after_(after) {}
-
-        std::error_code add(copy_range const& r, std::byte* to) noexcept {
-            int device = 0;
-            if (auto ec = detail::device_of(r.source->data, device)) return ec;
-            if (device != device_) {
-                // Almost never: a layer's tensors on several devices.
-                if (on_) before_ = chain(before_, on_->events->mark(on_->copies.get(), {}));
-                scope_.emplace(device);
-                device_ = device;
-                std::error_code failed;
-                on_ = shared_.on(device, failed);
-                if (!on_) return failed;
-                if (auto ec = after_.order(on_->copies.get())) return ec;
-            }
-            return detail::enqueue(*r.source, r.source_offset_bytes, r.size_bytes, to, on_->copies.get());
-        }
-
-        event finish(std::error_code failed) noexcept {
-            if (!on_) return failed ? chain(before_, event(nullptr, failed)) : before_;
-            if (auto ec = before_.order(on_->copies.get()); ec && !failed) failed = ec;
-            return on_->events->mark(on_->copies.get(), failed);
-        }
-
-    private:
-        /// Both: the later one waits for the earlier one's device.
-        event chain(event const& earlier, event const& later) noexcept {
-            if (earlier == event()) return later;
-            if (on_ && !earlier.order(on_->copies.get())) return on_->events->mark(on_->copies.get(), later.failed());
-            earlier.wait();
-            return later;
-        }
-
-        shared& shared_;
-        event const& after_;
-        event before_;
-        int device_ = -1;
-        on_device* on_ = nullptr;
-        std::optional<device_scope> scope_;
-    };
-
-    std::shared_ptr<shared> shared_;
+        return std::make_shared<varve::detail::block_pool>(std::move(regions), block_bytes, std::move(memory));
+    }
 };
 
-static_assert(staging<pinned_staging> && snapshotting_staging<pinned_staging> && reaching_staging<pinned_staging>);
+static_assert(snapshotting_staging<pinned_staging> && reaching_staging<pinned_staging> && wait_measuring_staging<pinned_staging>);
 
 }  // namespace varve::cuda

@@ -7,6 +7,7 @@
 
 #include "varve/state.hpp"
 #include "varve/torch/detail/python_layout.hpp"
+#include "varve/torch/update.hpp"
 
 // Declared here, so that who only passes a training_state on needs no LibTorch header.
 namespace at {
@@ -24,7 +25,9 @@ namespace varve::libtorch {
 class layerwise_updater;
 
 struct training_state_options {
-    bool rng = true;  ///< whether LibTorch's default CPU generator is part of the state
+    bool rng = true;                          ///< whether LibTorch's default CPU generator is part of the state
+    update_kind update = update_kind::plain;  ///< how whole_step and layerwise_step update Adam and AdamW
+    std::size_t update_groups = 8;            ///< into how many parts layerwise_step cuts an update that is not plain, about
 };
 
 /// The state of a module and its optimizer (Adam, AdamW or SGD) as named tensors in layers; the registration order of
@@ -44,8 +47,8 @@ struct training_state_options {
 ///     varve::checkpointer ck(training.state(), ...);
 class training_state {
 public:
-    /// Throws error with errc::unsupported for another optimizer, for tensors that no checkpoint can hold (sparse,
-    /// quantized, a dtype without a name) and for parameters of the optimizer that the module does not have.
+    /// Throws error with errc::unsupported for another optimizer, for an update that this LibTorch does not have, for tensors that no checkpoint can
+    /// hold (sparse, quantized, a dtype without a name) and for parameters of the optimizer that the module does not have.
     training_state(::torch::nn::Module& module, ::torch::optim::Optimizer& optimizer, training_state_options options = {});
     ~training_state();
 

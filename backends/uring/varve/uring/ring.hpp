@@ -165,22 +165,10 @@ private:
     void go_on(flight& f) noexcept {
         auto& p = f.piece;
         if (p.over()) return end(f, 0);
-        std::size_t size = std::min(p.size(), longest_bytes);
+        int refused = 0;
+        std::size_t size = p.ring_bytes(calls_, refused);
+        if (refused != 0) return end(f, refused);
         bool writes = p.request->what.way == detail::transfer::write;
-        if (writes) {
-            ssize_t allowed = 0;
-            do allowed = calls_.ring_write(p.fd(), p.data(), size, p.offset());
-            while (allowed < 0 && (errno == EINTR || errno == EAGAIN));
-            if (allowed <= 0) return end(f, allowed < 0 ? errno : EIO);
-            size = std::min(size, static_cast<std::size_t>(allowed));
-            // What is torn inside a block of the disk cannot go direct.
-            if (p.direct && size % detail::direct_alignment != 0) {
-                if (size < detail::direct_alignment)
-                    p.direct = false;
-                else
-                    size -= size % detail::direct_alignment;
-            }
-        }
         auto length = static_cast<unsigned>(size);
         auto offset = static_cast<std::uint64_t>(p.offset());
         int entry = memory_.entry_of(p.request->what.slot, p.data(), size);
@@ -199,8 +187,6 @@ private:
         free_.push_back(&f);
         queue_.finish(piece, error);
     }
-
-    static constexpr std::size_t longest_bytes = 1u << 30;  ///< of one entry, whose length has 32 bits
 
     system_calls& calls_;
     std::size_t const piece_bytes_;
