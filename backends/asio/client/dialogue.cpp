@@ -7,6 +7,9 @@
 
 namespace varve::asio::client {
 
+/// How soon whoever waits sees that it is over.
+static constexpr std::chrono::milliseconds looks_up_every{50};
+
 error lost(std::string const& where, std::string const& why) { return error(errc::monitor_lost, "the monitor at " + where + " is lost: " + why); }
 
 std::span<std::byte> frame_buffer::room() {
@@ -36,18 +39,19 @@ std::optional<std::pair<wire::message, std::span<std::byte const>>> frame_buffer
     return std::pair(type, payload);
 }
 
-dialogue::dialogue(address const& to, std::shared_ptr<tls_context const> tls, std::chrono::milliseconds limit)
-    : context_(std::make_unique<boost::asio::io_context>(1)), stream_(connect(context_->get_executor(), to, std::move(tls), limit)) {}
+dialogue::dialogue(address const& to, std::shared_ptr<tls_context const> tls, std::chrono::milliseconds limit, std::atomic<bool> const& stop)
+    : stop_(stop), context_(std::make_unique<boost::asio::io_context>(1)), stream_(connect(context_->get_executor(), to, std::move(tls), limit)) {}
 
 void dialogue::wait(bool const& done, deadline until) {
     context_->restart();
-    while (!done && std::chrono::steady_clock::now() < until)
-        if (context_->run_one_until(until) == 0) context_->restart();
+    for (auto now = std::chrono::steady_clock::now(); !done && now < until && !stop_; now = std::chrono::steady_clock::now())
+        if (context_->run_one_until(std::min(until, now + looks_up_every)) == 0) context_->restart();
     if (done) return;
     // The handler has not run and refers to the caller's frame.
     stream_->close();
     context_->restart();
     while (!done) context_->run_one();
+    if (stop_) throw error(errc::cancelled);
     throw error(std::make_error_code(std::errc::timed_out), "the monitor at " + stream_->peer() + " does not answer in time");
 }
 

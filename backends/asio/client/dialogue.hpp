@@ -2,6 +2,7 @@
 
 #include <boost/asio/io_context.hpp>
 
+#include <atomic>
 #include <chrono>
 #include <cstdint>
 #include <memory>
@@ -49,7 +50,8 @@ private:
 /// std::errc::timed_out when that is over, errc::monitor_lost when the connection has ended, and what the monitor refuses with.
 class dialogue {
 public:
-    dialogue(address const& to, std::shared_ptr<tls_context const> tls, std::chrono::milliseconds limit);
+    /// Once `stop` is set every wait ends with errc::cancelled; it outlives this.
+    dialogue(address const& to, std::shared_ptr<tls_context const> tls, std::chrono::milliseconds limit, std::atomic<bool> const& stop);
 
     template <class Message>
     void send(Message const& m, deadline until, std::vector<int> descriptors = {}) {
@@ -79,6 +81,7 @@ private:
     /// Runs the context until `done` is set.
     void wait(bool const& done, deadline until);
 
+    std::atomic<bool> const& stop_;
     std::unique_ptr<boost::asio::io_context> context_;
     std::unique_ptr<varve::asio::stream> stream_;
     wire::frame_writer writer_;

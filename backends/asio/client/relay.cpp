@@ -13,8 +13,6 @@ namespace {
 
 using clock = std::chrono::steady_clock;
 
-/// Opening a store reads its newest checkpoints, and a monitor finishes what an earlier connection left first.
-constexpr std::chrono::minutes welcome_limit{5};
 constexpr std::chrono::milliseconds between_tries{20};
 constexpr std::chrono::milliseconds goodbye_limit{1'000};
 
@@ -24,9 +22,9 @@ relay::relay(address where, std::string store, monitor_sink_options options) : w
 
 relay::~relay() {
     std::shared_ptr<session> last;
+    ending_ = true;
     {
         std::lock_guard connecting(connecting_);
-        ending_ = true;
         std::lock_guard lock(mutex_);
         last = current_;
     }
@@ -69,7 +67,7 @@ void relay::introduce(relayed_run const& run) {
     runner_ = std::jthread([this](std::stop_token stop) { this->run(stop); });
 }
 
-std::unique_ptr<dialogue> relay::try_to_reach() { return std::make_unique<dialogue>(where_, options_.tls, options_.connect_limit); }
+std::unique_ptr<dialogue> relay::try_to_reach() { return std::make_unique<dialogue>(where_, options_.tls, options_.connect_limit, ending_); }
 
 std::unique_ptr<dialogue> relay::reach() {
     std::string why;
@@ -94,7 +92,7 @@ std::unique_ptr<dialogue> relay::reach() {
 }
 
 std::shared_ptr<session> relay::greet(std::unique_ptr<dialogue> open) {
-    auto const until = clock::now() + welcome_limit;
+    auto const until = clock::now() + options_.welcome_limit;
     session_settings settings;
     settings.silence = options_.silence_limit;
     std::vector<int> descriptors;
@@ -198,9 +196,9 @@ std::optional<fetched_checkpoint> relay::fetch(std::optional<std::uint64_t> step
     h.store = store_;
     h.extension = ".safetensors";
     open->send(h, clock::now() + options_.connect_limit);
-    open->expect<wire::welcome>(clock::now() + welcome_limit);
+    open->expect<wire::welcome>(clock::now() + options_.welcome_limit);
     open->send(wire::fetch{step.has_value(), step.value_or(0), skip}, clock::now() + options_.connect_limit);
-    auto const about = open->expect<wire::image>(clock::now() + welcome_limit);
+    auto const about = open->expect<wire::image>(clock::now() + options_.welcome_limit);
     if (about.size_bytes == 0) return std::nullopt;
     fetched_checkpoint out{{}, about.step, about.sequence, about.name};
     if (open->stream().passes_descriptors()) {

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
@@ -48,11 +49,10 @@ private:
     monitor_sink_options const options_;
     bool by_reference_ = false;
 
+    std::atomic<bool> ending_{false};
     std::mutex connecting_;  ///< held by whoever connects; guards the two lines below
     wire::hello hello_;
     std::chrono::steady_clock::time_point not_before_{};
-    bool overwrites_ = false;
-    bool ending_ = false;
 
     mutable std::mutex mutex_;
     std::condition_variable_any changed_;
