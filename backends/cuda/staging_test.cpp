@@ -1,7 +1,10 @@
 #include <boost/test/unit_test.hpp>
 
 #include <array>
+#include <fcntl.h>
 #include <future>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include "device_model.hpp"
 #include "varve/scheduling/async.hpp"
@@ -101,6 +104,43 @@ BOOST_AUTO_TEST_CASE(a_copy_follows_the_work_that_was_recorded) {
     door.open();
     BOOST_TEST(!done.get());
     BOOST_TEST((buffer.data()[0] == std::byte{7} && buffer.data()[block - 1] == std::byte{7}));
+}
+
+BOOST_AUTO_TEST_CASE(memory_that_another_process_has_too_is_page_locked_until_the_last_loan_ends) {
+    if (!have_gpu()) return;
+    constexpr std::size_t size = 3 * block;
+    varve::file_descriptor fd(::memfd_create("pool", MFD_CLOEXEC), varve::system_calls::kernel());
+    BOOST_REQUIRE(::ftruncate(fd.get(), size) == 0);
+    void* memory = ::mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd.get(), 0);
+    BOOST_REQUIRE(memory != MAP_FAILED);
+    std::shared_ptr<void> owner(memory, [](void* p) { ::munmap(p, size); });
+    device_bytes bytes(block);
+    varve::tensor t{"t", varve::dtype::U8, {static_cast<std::int64_t>(block)}, bytes.data, {}, varve::memory_kind::device};
+    expect(::cudaMemset(bytes.data, 9, block));
+    expect(::cudaDeviceSynchronize());
+    varve::loan kept;
+    auto locked = [&] {
+        cudaPointerAttributes a{};
+        expect(::cudaPointerGetAttributes(&a, memory));
+        return a.type == cudaMemoryTypeHost;
+    };
+    {
+        pinned_staging staging({static_cast<std::byte*>(memory), size}, block, owner);
+        BOOST_TEST(staging.block_count() == 3u);
+        BOOST_TEST(locked());
+        std::stop_source never;
+        auto buffer = staging.acquire(never.get_token());
+        auto token = staging.copy(buffer, std::array{varve::copy_range{&t, 0, block, 0}}, staging.record({}));
+        BOOST_TEST(!token.wait());
+        // As the other process sees it.
+        std::byte seen{};
+        BOOST_TEST(::pread(fd.get(), &seen, 1, buffer.data() - static_cast<std::byte*>(memory) + static_cast<std::ptrdiff_t>(block) - 1) == 1);
+        BOOST_TEST((seen == std::byte{9}));
+        kept = buffer.lend();
+    }
+    BOOST_TEST(locked());
+    kept.reset();
+    BOOST_TEST(!locked());
 }
 
 BOOST_AUTO_TEST_CASE(the_time_that_a_stream_waits_for_a_copy_is_measured_where_it_was_asked_for) {

@@ -15,9 +15,11 @@
 
 #include "varve/checkpointer_options.hpp"
 #include "varve/concepts/format.hpp"
+#include "varve/concepts/relaying_sink.hpp"
 #include "varve/concepts/scheduling.hpp"
 #include "varve/concepts/sink.hpp"
 #include "varve/concepts/staging.hpp"
+#include "varve/detail/fetch_restore.hpp"
 #include "varve/detail/pipeline.hpp"
 #include "varve/detail/stream_saver.hpp"
 #include "varve/error.hpp"
@@ -48,6 +50,7 @@ class checkpointer {
                   "varve: a staging in GPU memory must hash its buffers itself (see digesting_staging)");
     static_assert(fixed_layout_format<Format> || !Scheduling::needs_fixed_layout,
                   "varve: this scheduling needs a format with a fixed layout; use varve::sync, or another format");
+    static_assert(fixed_layout_format<Format> || !relaying_sink<Sink>, "varve: a relaying sink needs a format with a fixed layout");
 
 public:
     using order_type = typename Staging::order_type;
@@ -55,7 +58,8 @@ public:
     /// Whether seal waits for more than its own bookkeeping.
     static constexpr bool waits_at_seal = streams || Scheduling::waits != seal_wait::nothing;
 
-    /// For sinks without files. `s`, and whatever the observers refer to, outlives the checkpointer.
+    /// For sinks without files. `s`, and whatever the observers refer to, outlives the checkpointer. Throws what a relaying
+    /// sink's introduce throws.
     checkpointer(state& s, Staging staging, Scheduling scheduling, Sink sink, checkpointer_options options = {}, Format format = Format{})
         requires(!file_sink<Sink>)
         : checkpointer(s, std::move(staging), scheduling, std::move(sink), std::move(options), std::move(format), nullptr, true) {}
@@ -192,7 +196,7 @@ public:
     /// no save reads the state, and for the work in `order`. Throws as store::restore does.
     std::optional<restored_checkpoint> restore(std::optional<std::uint64_t> step = {}, restore_options options = {},
                                                [[maybe_unused]] order_type order = {})
-        requires(file_sink<Sink>)
+        requires(file_sink<Sink> || fetching_sink<Sink>)
     {
         if (current_) throw error(errc::out_of_order, "restore: the save of step " + std::to_string(current_->step()) + " is not sealed");
         drain();
@@ -204,7 +208,11 @@ public:
             if (!options.device && state_.in_device_memory()) device = staging_.reach(order);
             if (device) options.device = device.get();
         }
-        auto restored = store_->restore(state_, step, options);
+        std::optional<restored_checkpoint> restored;
+        if constexpr (file_sink<Sink>)
+            restored = store_->restore(state_, step, options);
+        else
+            restored = detail::restore_fetched(sink_, format_, state_, step, options);
         if (restored) observers_.on({.what = milestone::restored, .step = restored->step, .bytes = image_bytes()});
         return restored;
     }
@@ -265,7 +273,7 @@ private:
         if constexpr (streams)
             streamer_.emplace(s, sink_, format_, store_ ? &*store_ : nullptr, durable, options.observers);
         else
-            pipeline_.emplace(s, staging_, sink_, format_, store_ ? &*store_ : nullptr, Scheduling::copies, options);
+            pipeline_.emplace(s, staging_, sink_, format_, store_ ? &*store_ : nullptr, Scheduling::copies, options, in_flight_);
     }
 
     /// True once fewer than N saves are in flight.

@@ -22,7 +22,8 @@ enum class errc {
     no_checkpoint,       ///< there is nothing to restore from
     not_a_store,         ///< the folder holds something else
     store_locked,        ///< another process writes to the store
-    unsupported          ///< not possible with this combination or on this machine
+    unsupported,         ///< not possible with this combination or on this machine
+    monitor_lost         ///< the monitor that had the save has ended, or cannot be reached
 };
 
 /// The category of errc; its name is "varve".
@@ -45,6 +46,7 @@ inline std::error_category const& category() noexcept {
             case errc::not_a_store: return "not a checkpoint store";
             case errc::store_locked: return "the store is in use by another writer";
             case errc::unsupported: return "not supported";
+            case errc::monitor_lost: return "the monitor is lost";
             }
             return "unknown error";
         }

@@ -12,15 +12,16 @@
 
 namespace varve {
 
-/// What happens to a save, in about this order. `skipped`, `replaced` and `failed` end it early.
-enum class milestone : std::uint8_t { begin, layer_ready, layer_copied, write, staged, written, durable, failed, skipped, replaced, restored };
+/// What happens to a save, in about this order. `skipped`, `replaced` and `failed` end it early. `crash_safe` comes from
+/// relaying sinks alone: elsewhere it would come with `durable`.
+enum class milestone : std::uint8_t { begin, layer_ready, layer_copied, write, staged, written, crash_safe, durable, failed, skipped, replaced, restored };
 
-inline constexpr std::size_t milestone_count = 11;
+inline constexpr std::size_t milestone_count = 12;
 
 /// The name that the events file gives the milestone.
 constexpr std::string_view name(milestone m) noexcept {
-    constexpr std::array<std::string_view, milestone_count> names{"begin",   "layer_ready", "layer_copied", "write",    "staged",  "written",
-                                                                  "durable", "failed",      "skipped",      "replaced", "restored"};
+    constexpr std::array<std::string_view, milestone_count> names{"begin",      "layer_ready", "layer_copied", "write",   "staged",   "written",
+                                                                  "crash_safe", "durable",     "failed",       "skipped", "replaced", "restored"};
     return names[static_cast<std::size_t>(m)];
 }
 

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "varve/concepts/format.hpp"
+#include "varve/detail/broken_file.hpp"
 #include "varve/detail/slot_pool.hpp"
 #include "varve/detail/store_folder.hpp"
 #include "varve/error.hpp"
@@ -160,7 +161,7 @@ public:
                 if (s.restored) s.restored();
                 return restored_checkpoint{identity.step, identity.sequence, path() / candidate.name, identity.metadata};
             } catch (error const& e) {
-                if (!tells_of_the_file(e.code())) throw;
+                if (!detail::tells_of_the_file(e.code())) throw;
                 std::lock_guard lock(mutex_);
                 broken_.push_back({candidate.name, e.what()});
                 std::erase_if(checkpoints_, [&](auto const& c) { return c.name == candidate.name; });
@@ -174,14 +175,6 @@ public:
     }
 
 private:
-    /// Whether an error says that the file is broken, and not that it could not be looked at.
-    static bool tells_of_the_file(std::error_code const& code) {
-        for (auto other : {std::errc::permission_denied, std::errc::operation_not_permitted, std::errc::too_many_files_open,
-                           std::errc::too_many_files_open_in_system, std::errc::not_enough_memory})
-            if (code == other) return false;
-        return code != errc::mismatch && code != errc::unsupported;
-    }
-
     static std::string undefined_if(bool touched) { return touched ? "; the tensors are undefined" : ""; }
 
     file_descriptor open(std::string const& name) {
@@ -207,7 +200,7 @@ private:
                 found.push_back({identity.step, identity.sequence, name});
                 highest_sequence_ = std::max(highest_sequence_, identity.sequence);
             } catch (error const& e) {
-                if (!tells_of_the_file(e.code())) throw;
+                if (!detail::tells_of_the_file(e.code())) throw;
                 broken_.push_back({name, e.what()});
             }
         }
@@ -235,7 +228,7 @@ private:
             } catch (error const& e) {
                 if (e.code() == errc::mismatch)
                     throw error(errc::mismatch, path().string() + ": holds another run: " + e.what() + "; give another folder or overwrite it");
-                if (!tells_of_the_file(e.code())) throw;
+                if (!detail::tells_of_the_file(e.code())) throw;
                 broken_.push_back({c.name, e.what()});
             }
         }

@@ -15,7 +15,7 @@ namespace varve {
 
 namespace detail {
 
-enum class goal : std::uint8_t { staged, written, durable };
+enum class goal : std::uint8_t { staged, written, crash_safe, durable };
 
 /// What a save and its tickets share: one outcome a goal, each set once. Thread-safe.
 class ticket_state {
@@ -41,7 +41,7 @@ public:
 
     /// Ends every goal that is still open.
     void fail(std::error_code outcome) {
-        for (goal g : {goal::staged, goal::written, goal::durable}) reach(g, outcome);
+        for (goal g : {goal::staged, goal::written, goal::crash_safe, goal::durable}) reach(g, outcome);
     }
 
     std::optional<std::error_code> outcome(goal g) const {
@@ -67,7 +67,7 @@ private:
     mutable std::mutex mutex_;
     mutable std::condition_variable reached_;
     bool sealed_ = false;
-    std::array<std::optional<std::error_code>, 3> outcomes_;
+    std::array<std::optional<std::error_code>, 4> outcomes_;
 };
 
 }  // namespace detail
@@ -112,6 +112,9 @@ public:
     milestone_future staged() const { return {state_, detail::goal::staged}; }
     /// Every byte was handed to the operating system; a crash of the machine may still take it back.
     milestone_future written() const { return {state_, detail::goal::written}; }
+    /// The trainer may die: whoever has the checkpoint now will commit it. With a relaying sink that is before durable, and
+    /// a newer save may still replace it; with any other when the checkpoint has its name, which is durable but for a method that never is.
+    milestone_future crash_safe() const { return {state_, detail::goal::crash_safe}; }
     /// A power cut cannot take it back. A method that is not durable answers errc::unsupported.
     milestone_future durable() const { return {state_, detail::goal::durable}; }
 

@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "varve/device_memory.hpp"
+#include "varve/loan.hpp"
 #include "varve/state.hpp"
 
 namespace varve {
@@ -135,6 +136,12 @@ concept snapshotting_staging = staging<S> && detail::staging_has::snapshots<S>;
 template <class S>
 concept reaching_staging = staging<S> && requires(S& s, typename S::order_type order) {
     { s.reach(order) } -> std::convertible_to<std::unique_ptr<device_memory>>;
+};
+
+/// A staging whose buffers lend: `lend()` on a buffer that is not empty is noexcept and gives a loan of its bytes.
+template <class S>
+concept lending_staging = staging<S> && requires(typename S::buffer_type const& b) {
+    { b.lend() } noexcept -> std::same_as<loan>;
 };
 
 /// S satisfies `digesting_staging`, a staging that hashes its buffers itself, as one whose buffers the CPU cannot read

@@ -3,12 +3,15 @@
 #include <algorithm>
 #include <condition_variable>
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <mutex>
 #include <span>
 #include <stop_token>
 #include <utility>
 #include <vector>
+
+#include "varve/loan.hpp"
 
 namespace varve::detail {
 
@@ -28,6 +31,7 @@ public:
         : owner_(std::move(owner)), regions_(std::move(regions)), block_bytes_(block_bytes) {
         for (auto r : regions_) count_ += r.size() / block_bytes_;
         free_.reserve(count_);
+        holders_.resize(count_);
         for (std::size_t i = count_; i-- > 0;) free_.push_back(i);
     }
 
@@ -58,6 +62,11 @@ public:
         explicit operator bool() const noexcept { return pool_ != nullptr; }
         std::byte* data() const noexcept { return pool_->address(index_); }
         std::size_t region() const noexcept { return pool_->region_of(index_); }
+        /// Keeps the block's bytes beyond this buffer.
+        loan lend() const noexcept {
+            pool_->hold(index_);
+            return {pool_, index_, [](void* pool, std::size_t index) noexcept { static_cast<block_pool*>(pool)->give_back(index); }};
+        }
 
     private:
         void reset() noexcept {
@@ -75,13 +84,19 @@ public:
         if (!pool->freed_.wait(lock, stop, [&] { return !pool->free_.empty(); })) return {};
         auto index = pool->free_.back();
         pool->free_.pop_back();
+        pool->holders_[index] = 1;
         return {pool, index};
     }
 
 private:
+    void hold(std::size_t index) noexcept {
+        std::lock_guard lock(mutex_);
+        ++holders_[index];
+    }
     void give_back(std::size_t index) noexcept {
         {
             std::lock_guard lock(mutex_);
+            if (--holders_[index] > 0) return;
             free_.push_back(index);
         }
         freed_.notify_one();
@@ -94,6 +109,7 @@ private:
     std::mutex mutex_;
     std::condition_variable_any freed_;
     std::vector<std::size_t> free_;
+    std::vector<std::uint32_t> holders_;  ///< of each block: its buffer and its loans
 };
 
 /// The blocks of one stretch of memory as regions.

@@ -19,6 +19,7 @@
 
 #include "varve/checkpointer_options.hpp"
 #include "varve/concepts/format.hpp"
+#include "varve/concepts/relaying_sink.hpp"
 #include "varve/concepts/scheduling.hpp"
 #include "varve/concepts/sink.hpp"
 #include "varve/concepts/staging.hpp"
@@ -37,7 +38,8 @@ namespace varve::detail {
 ///   - one copies: it waits for the next layer to be announced and for a buffer, and has the staging fill it, from the
 ///     tensors or from the snapshot that the training thread had the staging take of them;
 ///   - the workers wait for a block's copies, submit its write when it is the save's turn, and hash it meanwhile;
-///   - one commits: it writes the header, syncs and commits, in step order, and hands the turn on.
+///   - one commits: it writes the header, syncs and commits, in step order, and hands the turn on. With a relaying sink it
+///     hands saves over, in step order too, and tells what becomes of them, in the order in which that comes.
 /// The copying thread never holds more than one unfinished buffer, so any pool makes progress.
 template <staging Staging, sink Sink, fixed_layout_format Format>
 class pipeline {
@@ -46,7 +48,8 @@ public:
     using job_ptr = std::shared_ptr<job_type>;
     using order_type = typename Staging::order_type;
 
-    pipeline(state const& s, Staging& staging, Sink& sink, Format const& format, store* files, copy_moment copies, checkpointer_options const& options)
+    pipeline(state const& s, Staging& staging, Sink& sink, Format const& format, store* files, copy_moment copies, checkpointer_options const& options,
+             [[maybe_unused]] std::size_t in_flight)
         : state_(s), staging_(staging), sink_(sink), format_(format), files_(files), copies_(copies), options_(options), image_(format.lay_out(s)),
           map_(image_, s, staging.block_bytes()), layers_(s.layers.size()),
           blocks_per_save_(std::max<std::uint64_t>(1, options.batch_bytes / staging.block_bytes())) {
@@ -55,6 +58,10 @@ public:
                 slots_.push_back(sink_.register_memory(region));
             else
                 slots_.push_back(unregistered);
+        }
+        if constexpr (relaying_sink<Sink>) {
+            sink_.introduce({state_, image_, format_.extension(), staging_.block_bytes(), in_flight, options_.busy});
+            hashes_ = sink_.takes_digests();
         }
         copier_ = std::jthread([this](std::stop_token stop) { copy_loop(stop); });
         for (unsigned i = 0; i < std::max(1u, options_.digest_workers); ++i)
@@ -72,9 +79,11 @@ public:
         {
             std::lock_guard lock(mutex_);
             rest.assign(jobs_.begin(), jobs_.end());
+            cancelling_ = true;
         }
         cancel_.request_stop();
         for (auto& job : rest) abandon(job, errc::cancelled);
+        wake_all();
         std::unique_lock lock(mutex_);
         idle_.wait(lock, [&] { return jobs_.empty(); });
     }
@@ -116,6 +125,7 @@ public:
         typename snapshot_of<Staging>::type aside;
         if constexpr (snapshotting_staging<Staging>) aside = staging_.acquire_snapshot();
         auto job = std::make_shared<job_type>(step, state_.layers.size(), blocks(), chunk_count(image_.data_bytes()), std::move(aside));
+        job->pipeline = this;
         options_.observers.on({.what = milestone::begin, .step = step, .bytes = image_.size_bytes});
         std::lock_guard lock(mutex_);
         jobs_.push_back(job);
@@ -253,7 +263,10 @@ private:
     }
 
     std::size_t in_flight_locked() const {
-        return static_cast<std::size_t>(std::count_if(jobs_.begin(), jobs_.end(), [](auto const& j) { return !j->error; }));
+        // The receiver of a relaying sink lets the newest win by itself.
+        bool const leaves_when_safe = options_.busy == when_busy::replace;
+        return static_cast<std::size_t>(
+            std::count_if(jobs_.begin(), jobs_.end(), [&](auto const& j) { return !j->error && !(j->safe && leaves_when_safe); }));
     }
     bool nothing_sealed_locked() const {
         return std::none_of(jobs_.begin(), jobs_.end(), [](auto const& j) { return j->sealed || j->error; });
@@ -486,7 +499,11 @@ private:
         auto const& plan = map_.blocks()[block.index];
         options_.observers.on({.what = milestone::write, .step = block.job->step(), .bytes = plan.size_bytes});
         block_of_sink bytes{block.buffer.data(), plan.size_bytes, Staging::memory, slots_[block.buffer.region()]};
-        block.job->target->write(plan.offset_bytes, bytes, {&pipeline::written, &block});
+        completion const done{&pipeline::written, &block};
+        if constexpr (relaying_sink<Sink> && lending_staging<Staging>)
+            block.job->target->write(plan.offset_bytes, bytes, done, block.buffer.lend());
+        else
+            block.job->target->write(plan.offset_bytes, bytes, done);
     }
 
     static void written(void* context, std::error_code ec) noexcept {
@@ -497,6 +514,7 @@ private:
     }
 
     void hash(typename job_type::block_in_flight& block) {
+        if (!hashes_) return;
         auto const& plan = map_.blocks()[block.index];
         auto first = (plan.offset_bytes - image_.header_bytes) / digest_chunk_bytes;
         auto out = std::span(block.job->chunk_digests).subspan(first);
@@ -549,9 +567,9 @@ private:
             try {
                 if (files_) {
                     job->file = files_->acquire();
-                    job->target.emplace(sink_.open({files_->folder(), job->file->name, image_.size_bytes}));
+                    job->target.emplace(sink_.open({files_->folder(), job->file->name, image_.size_bytes, job->step()}));
                 } else {
-                    job->target.emplace(sink_.open({-1, {}, image_.size_bytes}));
+                    job->target.emplace(sink_.open({-1, {}, image_.size_bytes, job->step()}));
                 }
             } catch (error const& e) {
                 failed = e.code();
@@ -580,20 +598,95 @@ private:
             job_ptr job;
             // Lost saves leave at once, whole ones in their order.
             auto next = [&] {
-                for (auto const& j : jobs_)
-                    if (j->over() && (j->error || (j == jobs_.front() && j->place == turn::writing))) return j;
+                bool first = true;
+                for (auto const& j : jobs_) {
+                    if (j->place == turn::handed) {
+                        if (j->has_news() || cancelling_) return j;
+                        continue;
+                    }
+                    if (j->over() && (j->error || (first && j->place == turn::writing))) return j;
+                    first = false;
+                }
                 return job_ptr{};
             };
             if (!commit_work_.wait(lock, stop, [&] { return (job = next()) != nullptr; })) return;
+            bool const handed = job->place == turn::handed;
             job->committing = true;
             if (job->place == turn::writing) --writing_;
             lock.unlock();
-            // The next one's blocks go to the disk while this one's header and its commit wait for it.
-            hand_on_turns();
-            finish(job);
+            if (handed) {
+                tell_news(job);
+            } else {
+                // The next one's blocks are on their way while this one's header and its commit are waited for.
+                hand_on_turns();
+                bring_in(job);
+            }
             lock.lock();
         }
     }
+
+    void bring_in(job_ptr const& job) {
+        if constexpr (relaying_sink<Sink>) {
+            if (!job->error) return hand_over(*job);
+        }
+        finish(job);
+    }
+
+    // ---- with a relaying sink ----
+
+    /// From here on the save is the receiver's; its turn is over.
+    void hand_over(job_type& job) {
+        job.snapshot = {};
+        {
+            std::lock_guard lock(mutex_);
+            job.place = turn::handed;
+        }
+        std::span<std::uint64_t const> digests;
+        if (hashes_) digests = job.chunk_digests;
+        job.target->hand_over({job.step(), 0, job.metadata}, digests, {&pipeline::came<&job_type::safe_came>, &job},
+                              {&pipeline::came<&job_type::end_came>, &job});
+    }
+
+    /// Kept for the committing thread, so that observers take none of the sink's time, and what is told is told in order.
+    template <auto Answer>
+    static void came(void* context, std::error_code ec) noexcept {
+        auto& job = *static_cast<job_type*>(context);
+        auto& self = *static_cast<pipeline*>(job.pipeline);
+        std::lock_guard lock(self.mutex_);
+        job.*Answer = ec;
+        // Woken under the lock: with the second answer the job is the committing thread's.
+        self.commit_work_.notify_one();
+    }
+
+    /// Tells what has become of a save that was handed over; with none of it, it is cancelled.
+    void tell_news(job_ptr const& job) {
+        std::unique_lock lock(mutex_);
+        bool const cancelled = !job->has_news();
+        if (cancelled) {
+            lock.unlock();
+            job->target.reset();  // no answer comes after this
+            lock.lock();
+        }
+        bool const safe = !job->safe_told && job->safe_came && !*job->safe_came;
+        job->safe_told = job->safe_came.has_value();
+        auto const end = job->end_came;
+        lock.unlock();
+        if (safe) {
+            options_.observers.on({.what = milestone::written, .step = job->step(), .bytes = image_.size_bytes});
+            job->ticket->reach(goal::written);
+            options_.observers.on({.what = milestone::crash_safe, .step = job->step(), .bytes = image_.size_bytes});
+            job->ticket->reach(goal::crash_safe);
+            lock.lock();
+            job->safe = true;
+            lock.unlock();
+            idle_.notify_all();
+        }
+        if (!end && !cancelled) return;
+        job->target.reset();
+        conclude(job, end ? *end : make_error_code(errc::cancelled));
+    }
+
+    // ---- with any other ----
 
     void finish(job_ptr const& job) {
         std::error_code outcome = job->error;
@@ -617,6 +710,12 @@ private:
                 if (!outcome) outcome = std::make_error_code(std::errc::not_enough_memory);
             }
         }
+        if (!outcome) job->ticket->reach(goal::crash_safe);
+        conclude(job, outcome);
+    }
+
+    /// The save ends with that outcome, and is forgotten.
+    void conclude(job_ptr const& job, std::error_code outcome) {
         auto what = !outcome ? milestone::durable : outcome == errc::replaced ? milestone::replaced : milestone::failed;
         options_.observers.on({.what = what, .step = job->step(), .bytes = outcome ? 0 : image_.size_bytes, .error = outcome});
         if (outcome)
@@ -627,8 +726,8 @@ private:
             std::lock_guard lock(mutex_);
             std::erase(jobs_, job);
             // With no save in flight no copy is on its way, and a caller who never asks does not gather tokens.
-            for (auto& l : layers_)
-                if (jobs_.empty()) l.copies.clear();
+            if (std::all_of(jobs_.begin(), jobs_.end(), [](auto const& j) { return j->place == turn::handed; }))
+                for (auto& l : layers_) l.copies.clear();
         }
         wake_all();
     }
@@ -681,6 +780,8 @@ private:
     std::size_t busy_layers_ = 0;  ///< that are busy; the training thread's
     std::size_t const blocks_per_save_;
     std::size_t writing_ = 0;
+    bool hashes_ = true;       ///< whether the digests are made here
+    bool cancelling_ = false;  ///< what was handed over is not waited for any longer
     std::uint64_t sequence_ = 0;  ///< the committing thread's
     std::stop_source cancel_;
 

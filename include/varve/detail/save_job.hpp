@@ -15,8 +15,8 @@
 
 namespace varve::detail {
 
-/// A save's place in the line of those that write.
-enum class turn { waiting, opening, writing };
+/// A save's place in the line of those that write; `handed` over is one that a relaying sink has whole.
+enum class turn { waiting, opening, writing, handed };
 
 /// Stands where a staging takes no snapshots.
 struct no_snapshot {
@@ -86,6 +86,13 @@ struct save_job {
     std::optional<target_type> target;  ///< set before place becomes writing, used without the mutex from then on
     std::error_code error;              ///< the first one; the save is lost with it
     bool committing = false;            ///< too late to abandon it
+
+    void* pipeline = nullptr;                        ///< for what a relaying sink answers
+    std::optional<std::error_code> safe_came, end_came;  ///< its answers
+    bool safe_told = false;                          ///< the first was told to whoever waits
+    bool safe = false;                               ///< and was good
+
+    bool has_news() const noexcept { return end_came || (safe_came && !safe_told); }
 
     bool over() const noexcept { return copied && open_blocks == 0 && !taking && place != turn::opening && (sealed || error); }
 };

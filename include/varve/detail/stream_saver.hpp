@@ -62,7 +62,7 @@ public:
         bool synced = true;
         try {
             if (files_) file = files_->acquire();
-            target.emplace(sink_.open({files_ ? files_->folder() : -1, file ? file->name : std::string(), 0}));
+            target.emplace(sink_.open({files_ ? files_->folder() : -1, file ? file->name : std::string(), 0, step}));
             sequence_ = files_ ? files_->next_sequence() : sequence_ + 1;
             observers_.on({.what = milestone::write, .step = step});
             target_stream out(*target);
@@ -93,6 +93,7 @@ public:
         }
         ticket.reach(goal::written);
         observers_.on({.what = milestone::written, .step = step, .bytes = bytes_});
+        ticket.reach(goal::crash_safe);
         ticket.reach(goal::durable, durable_ ? std::error_code{} : make_error_code(errc::unsupported));
         if (durable_) observers_.on({.what = milestone::durable, .step = step, .bytes = bytes_});
     }

@@ -48,12 +48,13 @@ public:
                                                      std::move(owner));
     }
 
-    /// Uses memory of the caller's, aligned to 4,096 bytes, which outlives the staging and all of its buffers.
-    host_staging(std::span<std::byte> memory, std::size_t block_bytes) {
+    /// Uses memory of the caller's, aligned to 4,096 bytes, which `owner` keeps, or which outlives the staging, all of its
+    /// buffers and their loans.
+    host_staging(std::span<std::byte> memory, std::size_t block_bytes, std::shared_ptr<void> owner = nullptr) {
         if (memory.size() < block_bytes || reinterpret_cast<std::uintptr_t>(memory.data()) % 4096 != 0)
             throw error(std::make_error_code(std::errc::invalid_argument),
                         "staging pool: memory must be aligned to 4096 and hold at least one block");
-        pool_ = std::make_shared<detail::block_pool>(detail::regions_of(memory, block_bytes), block_bytes, nullptr);
+        pool_ = std::make_shared<detail::block_pool>(detail::regions_of(memory, block_bytes), block_bytes, std::move(owner));
     }
 
     std::size_t block_bytes() const noexcept { return pool_->block_bytes(); }
@@ -76,6 +77,6 @@ private:
     std::shared_ptr<detail::block_pool> pool_;
 };
 
-static_assert(staging<host_staging>);
+static_assert(staging<host_staging> && lending_staging<host_staging>);
 
 }  // namespace varve

@@ -60,6 +60,28 @@ private:
     detail::node_memory bound_;  ///< what data_ is, where it is bound to a node
 };
 
+/// Page-locks memory of somebody else's, such as a shared mapping, for as long as it lives.
+/// Source: CUDA Runtime API, cudaHostRegister.
+class page_lock {
+public:
+    /// `memory` is aligned to 4,096 bytes. Throws error as page_locked does.
+    explicit page_lock(std::span<std::byte> memory) {
+        throw_if(::cudaHostRegister(memory.data(), memory.size(), cudaHostRegisterPortable), "cannot page-lock " + std::to_string(memory.size()) + " bytes");
+        data_ = memory.data();
+    }
+    page_lock(page_lock&& other) noexcept : data_(std::exchange(other.data_, nullptr)) {}
+    page_lock& operator=(page_lock&& other) noexcept {
+        std::swap(data_, other.data_);
+        return *this;
+    }
+    ~page_lock() {
+        if (data_) ::cudaHostUnregister(data_);
+    }
+
+private:
+    std::byte* data_ = nullptr;
+};
+
 /// GPU memory that other devices may be told of: an allocation of its own. Giving it back waits for the whole device.
 class device_bytes {
 public:

@@ -45,6 +45,7 @@ public:
                 case milestone::layer_ready:
                 case milestone::layer_copied: mark(save + ": " + std::string(name(e.what)) + " " + std::string(e.layer)); break;
                 case milestone::write: mark(save + ": write of " + std::to_string(e.bytes) + " bytes"); break;
+                case milestone::crash_safe: mark(save + ": crash-safe"); break;
                 case milestone::restored: mark(save + ": restored"); break;
             }
         } catch (std::bad_alloc const&) {

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <span>
 #include <stop_token>
@@ -47,6 +48,11 @@ public:
     /// std::errc::not_enough_memory where no more can be page-locked, or the current device has no room for a stream.
     pinned_staging(std::size_t pool_bytes, std::size_t block_bytes, pinned_staging_options options = {})
         : stream_staging(allocate(pool_bytes, block_bytes, options.numa_node), options.snapshots, options.snapshot_share, options.measure_waits) {}
+
+    /// Page-locks memory of the caller's, aligned to 4,096 bytes, which `owner` keeps, such as another process's too
+    /// (varve::asio::shared_pool); regions are registered one by one. Throws as above.
+    pinned_staging(std::span<std::byte> memory, std::size_t block_bytes, std::shared_ptr<void> owner, pinned_staging_options options = {})
+        : stream_staging(lock(memory, block_bytes, std::move(owner)), options.snapshots, options.snapshot_share, options.measure_waits) {}
 
     using stream_staging::copy;
     token_type copy(buffer_type& into, std::span<copy_range const> ranges, point_type const& after) noexcept {
@@ -110,8 +116,27 @@ private:
         }
         return std::make_shared<varve::detail::block_pool>(std::move(regions), block_bytes, std::move(memory));
     }
+
+    static std::shared_ptr<varve::detail::block_pool> lock(std::span<std::byte> memory, std::size_t block_bytes, std::shared_ptr<void> owner) {
+        if (memory.size() < block_bytes || reinterpret_cast<std::uintptr_t>(memory.data()) % 4096 != 0)
+            throw error(std::make_error_code(std::errc::invalid_argument), "staging pool: memory must be aligned to 4096 and hold at least one block");
+        struct kept {
+            std::shared_ptr<void> owner;
+            std::vector<page_lock> locks;
+        };
+        auto keeps = std::make_shared<kept>();
+        keeps->owner = std::move(owner);
+        auto regions = varve::detail::regions_of(memory, block_bytes);
+        try {
+            for (auto region : regions) keeps->locks.emplace_back(region);
+        } catch (error const& e) {
+            throw error(e.code(), "staging pool of " + std::to_string(memory.size()) + " bytes: " + e.what() + "; give a smaller pool");
+        }
+        return std::make_shared<varve::detail::block_pool>(std::move(regions), block_bytes, std::move(keeps));
+    }
 };
 
+static_assert(lending_staging<pinned_staging>);
 static_assert(snapshotting_staging<pinned_staging> && reaching_staging<pinned_staging> && wait_measuring_staging<pinned_staging>);
 
 }  // namespace varve::cuda

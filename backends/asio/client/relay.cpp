@@ -1,0 +1,239 @@
+#include "relay.hpp"
+
+#include <sys/mman.h>
+#include <sys/stat.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <utility>
+
+namespace varve::asio::client {
+
+namespace {
+
+using clock = std::chrono::steady_clock;
+
+constexpr std::chrono::milliseconds between_tries{20};
+constexpr std::chrono::milliseconds goodbye_limit{1'000};
+
+}  // namespace
+
+relay::relay(address where, std::string store, monitor_sink_options options) : where_(std::move(where)), store_(std::move(store)), options_(std::move(options)) {}
+
+relay::~relay() {
+    std::shared_ptr<session> last;
+    ending_ = true;
+    {
+        std::lock_guard connecting(connecting_);
+        std::lock_guard lock(mutex_);
+        last = current_;
+    }
+    if (last) last->finish(goodbye_limit);
+    runner_.request_stop();
+    if (runner_.joinable()) runner_.join();
+}
+
+int relay::register_memory(std::span<std::byte> region) {
+    if (!options_.pool || !where_.is_unix()) return unregistered;
+    auto const regions = options_.pool->regions();
+    for (std::size_t i = 0; i < regions.size(); ++i)
+        if (regions[i].memory.data() == region.data() && regions[i].memory.size() == region.size()) {
+            by_reference_ = true;
+            return static_cast<int>(i);
+        }
+    return unregistered;
+}
+
+void relay::introduce(relayed_run const& run) {
+    std::lock_guard connecting(connecting_);
+    hello_.store = store_;
+    hello_.made_by = options_.files.made_by;
+    hello_.extension = run.extension;
+    hello_.layers = run.tensors.layers;
+    hello_.aliases = run.tensors.aliases;
+    hello_.image_bytes = run.layout.size_bytes;
+    hello_.header_bytes = run.layout.header_bytes;
+    hello_.block_bytes = run.block_bytes;
+    hello_.in_flight = static_cast<std::uint32_t>(run.in_flight);
+    hello_.busy = run.busy;
+    hello_.keep = options_.files.keep;
+    hello_.keep_every = options_.files.keep_every;
+    hello_.prepare = options_.files.prepare;
+    hello_.fresh = options_.files.fresh;
+    hello_.overwrite = options_.files.overwrite;
+    if (by_reference_)
+        for (auto const& r : options_.pool->regions()) hello_.region_bytes.push_back(r.memory.size());
+    install(greet(reach()));
+    runner_ = std::jthread([this](std::stop_token stop) { this->run(stop); });
+}
+
+std::unique_ptr<dialogue> relay::try_to_reach() { return std::make_unique<dialogue>(where_, options_.tls, options_.connect_limit, ending_); }
+
+std::unique_ptr<dialogue> relay::reach() {
+    std::string why;
+    try {
+        return try_to_reach();
+    } catch (error const& e) {
+        why = e.what();
+    }
+    if (options_.respawn) {
+        options_.respawn();
+        for (auto const until = clock::now() + options_.connect_limit;;) {
+            try {
+                return try_to_reach();
+            } catch (error const& e) {
+                why = e.what();
+                if (clock::now() >= until) break;
+            }
+            std::this_thread::sleep_for(between_tries);
+        }
+    }
+    throw error(errc::monitor_lost, why);
+}
+
+std::shared_ptr<session> relay::greet(std::unique_ptr<dialogue> open) {
+    auto const until = clock::now() + options_.welcome_limit;
+    session_settings settings;
+    settings.silence = options_.silence_limit;
+    std::vector<int> descriptors;
+    if (by_reference_)
+        for (auto const& r : options_.pool->regions()) {
+            descriptors.push_back(r.descriptor.get());
+            settings.regions.push_back(r.memory.data());
+        }
+    open->send(hello_, clock::now() + options_.connect_limit, std::move(descriptors));
+    auto const greeting = open->expect<wire::welcome>(until);
+    if (greeting.version != wire::version)
+        throw error(errc::unsupported, "the monitor at " + where_.text() + " speaks version " + std::to_string(greeting.version) + " of the protocol, not " +
+                                           std::to_string(wire::version));
+    if (!by_reference_) {
+        auto const most = std::min<std::uint64_t>({hello_.block_bytes, wire::most_data_bytes, greeting.credit_bytes});
+        settings.piece_bytes = static_cast<std::size_t>(most / digest_chunk_bytes * digest_chunk_bytes);
+        if (settings.piece_bytes == 0) throw error(std::make_error_code(std::errc::not_enough_memory), "the monitor at " + where_.text() + " takes no bytes");
+    }
+    return std::make_shared<session>(std::move(open), greeting, std::move(settings));
+}
+
+void relay::install(std::shared_ptr<session> s) {
+    {
+        std::lock_guard lock(mutex_);
+        current_ = std::move(s);
+    }
+    changed_.notify_all();
+}
+
+std::shared_ptr<session> relay::connected() {
+    std::lock_guard connecting(connecting_);
+    std::shared_ptr<session> last;
+    {
+        std::lock_guard lock(mutex_);
+        last = current_;
+    }
+    if (!last) throw error(errc::out_of_order, "a monitor is introduced to a run before its first save");
+    if (!last->is_lost()) return last;
+    if (clock::now() < not_before_) throw lost(where_.text(), last->why_lost());
+    // What this run has committed is not what it was to start over from, or to replace.
+    if (last->saw_durable() || (last->saw_commit() && !hello_.overwrite)) hello_.fresh = hello_.overwrite = false;
+    try {
+        auto anew = greet(reach());
+        install(anew);
+        return anew;
+    } catch (error const& e) {
+        not_before_ = clock::now() + options_.retry_after;
+        throw error(errc::monitor_lost, e.what());
+    }
+}
+
+std::shared_ptr<relayed_save> relay::open(std::uint64_t step) {
+    auto const s = connected();
+    std::uint64_t id = 0;
+    {
+        std::lock_guard lock(mutex_);
+        id = next_save_++;
+    }
+    return s->begin(id, step);
+}
+
+void relay::run(std::stop_token stop) {
+    std::shared_ptr<session> ran;
+    for (;;) {
+        {
+            std::unique_lock lock(mutex_);
+            if (!changed_.wait(lock, stop, [&] { return current_ != ran; }) && current_ == ran) return;
+            ran = current_;
+        }
+        auto loans = ran->run();
+        if (!loans.empty()) recover(ran);
+        // Whoever read these blocks has gone, or has let go of them.
+    }
+}
+
+/// Blocks that were lent to a connection that ended may still be read by the monitor, if it is alive: its welcome says that it
+/// is done. Where it cannot be reached it is dead, and nothing reads them.
+void relay::recover(std::shared_ptr<session> const& lost) noexcept {
+    try {
+        std::lock_guard connecting(connecting_);
+        {
+            std::lock_guard lock(mutex_);
+            if (current_ != lost) return;
+        }
+        if (ending_) return;
+        if (lost->saw_durable() || (lost->saw_commit() && !hello_.overwrite)) hello_.fresh = hello_.overwrite = false;
+        install(greet(try_to_reach()));
+    } catch (std::exception const&) {
+        // The next save tries again, and says why it fails.
+    }
+}
+
+std::optional<fetched_checkpoint> relay::fetch(std::optional<std::uint64_t> step, std::uint32_t skip) {
+    std::unique_ptr<dialogue> open;
+    {
+        std::lock_guard connecting(connecting_);
+        open = reach();
+    }
+    wire::hello h;
+    h.purpose = wire::purpose::fetch;
+    h.store = store_;
+    h.extension = ".safetensors";
+    open->send(h, clock::now() + options_.connect_limit);
+    open->expect<wire::welcome>(clock::now() + options_.welcome_limit);
+    open->send(wire::fetch{step.has_value(), step.value_or(0), skip}, clock::now() + options_.connect_limit);
+    auto const about = open->expect<wire::image>(clock::now() + options_.welcome_limit);
+    if (about.size_bytes == 0) return std::nullopt;
+    fetched_checkpoint out{{}, about.step, about.sequence, about.name};
+    if (open->stream().passes_descriptors()) {
+        auto descriptors = open->stream().take_descriptors();
+        if (descriptors.size() != 1) throw error(errc::malformed, "malformed message: an image without its descriptor");
+        out.file = std::move(descriptors.front());
+    } else {
+        out.file = receive_image(*open, about);
+    }
+    open->send(wire::goodbye{}, clock::now() + options_.connect_limit);
+    return out;
+}
+
+file_descriptor relay::receive_image(dialogue& from, wire::image const& about) {
+    file_descriptor fd(::memfd_create("varve-fetched", MFD_CLOEXEC), system_calls::kernel());
+    if (!fd || ::ftruncate(fd.get(), static_cast<off_t>(about.size_bytes)) != 0) throw_if(last_system_error(errno), "no memory for the checkpoint");
+    for (std::uint64_t at = 0; at < about.size_bytes;) {
+        auto const piece = from.expect<wire::image_data>(clock::now() + options_.connect_limit);
+        if (piece.offset != at || piece.bytes.empty() || piece.bytes.size() > about.size_bytes - at)
+            throw error(errc::malformed, "malformed message: a piece of an image out of its place");
+        for (std::size_t done = 0; done < piece.bytes.size();) {
+            auto const n = ::pwrite(fd.get(), piece.bytes.data() + done, piece.bytes.size() - done, static_cast<off_t>(at + done));
+            if (n < 0 && errno == EINTR) continue;
+            if (n <= 0) throw_if(last_system_error(errno), "no memory for the checkpoint");
+            done += static_cast<std::size_t>(n);
+        }
+        at += piece.bytes.size();
+    }
+    return fd;
+}
+
+std::string relay::describe() const {
+    return "monitor at " + where_.text() +
+           (by_reference_ ? ", blocks by reference: " + std::to_string(options_.pool->regions().size()) + " regions of shared memory" : ", blocks are sent") +
+           (options_.tls ? ", TLS" : "");
+}
+
+}  // namespace varve::asio::client

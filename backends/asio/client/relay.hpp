@@ -1,0 +1,64 @@
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <span>
+#include <stop_token>
+#include <string>
+#include <thread>
+
+#include "dialogue.hpp"
+#include "session.hpp"
+#include "varve/asio/monitor_sink.hpp"
+
+namespace varve::asio::client {
+
+/// What a monitor_sink has: the run, and a connection that is made anew when it was lost. Thread-safe.
+class relay {
+public:
+    relay(address where, std::string store, monitor_sink_options options);
+    ~relay();
+
+    int register_memory(std::span<std::byte> region);
+    void introduce(relayed_run const& run);
+    bool by_reference() const noexcept { return by_reference_; }
+    std::shared_ptr<relayed_save> open(std::uint64_t step);
+    std::optional<fetched_checkpoint> fetch(std::optional<std::uint64_t> step, std::uint32_t skip);
+    std::string describe() const;
+
+private:
+    /// A connection, and where there is none, one to the monitor that `respawn` starts. Throws errc::monitor_lost.
+    std::unique_ptr<dialogue> reach();
+    std::unique_ptr<dialogue> try_to_reach();
+    /// Says hello and makes the connection the current one. Throws what the monitor refuses with.
+    std::shared_ptr<session> greet(std::unique_ptr<dialogue> open);
+    /// The current connection, made anew if it is lost. Throws errc::monitor_lost.
+    std::shared_ptr<session> connected();
+    void install(std::shared_ptr<session> s);
+    void run(std::stop_token stop);
+    void recover(std::shared_ptr<session> const& lost) noexcept;
+    file_descriptor receive_image(dialogue& from, wire::image const& about);
+
+    address const where_;
+    std::string const store_;
+    monitor_sink_options const options_;
+    bool by_reference_ = false;
+
+    std::atomic<bool> ending_{false};
+    std::mutex connecting_;  ///< held by whoever connects; guards the two lines below
+    wire::hello hello_;
+    std::chrono::steady_clock::time_point not_before_{};
+
+    mutable std::mutex mutex_;
+    std::condition_variable_any changed_;
+    std::shared_ptr<session> current_;
+    std::uint64_t next_save_ = 0;
+    std::jthread runner_;
+};
+
+}  // namespace varve::asio::client

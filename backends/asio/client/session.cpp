@@ -1,0 +1,388 @@
+#include "session.hpp"
+
+#include <boost/asio/post.hpp>
+
+#include <algorithm>
+
+namespace varve::asio::client {
+
+namespace {
+
+using clock = std::chrono::steady_clock;
+
+/// As many as one write to a socket takes, heads and what is behind them.
+constexpr std::size_t most_at_once = 30;
+
+}  // namespace
+
+// ---- a save ----
+
+void relayed_save::write(std::uint64_t offset_bytes, block const& b, completion done, loan kept) noexcept {
+    std::error_code failed;
+    {
+        std::lock_guard lock(mutex_);
+        failed = error_;
+    }
+    if (failed) return done(failed);
+    session_->write(id_, offset_bytes, b, done, std::move(kept));
+}
+
+void relayed_save::hand_over(commit_values const& values, std::span<std::uint64_t const> chunk_digests, completion crash_safe, completion durable) noexcept {
+    {
+        std::lock_guard lock(mutex_);
+        on_safe_ = crash_safe;
+        on_durable_ = durable;
+        handed_ = true;
+        if (over_) {
+            on_safe_(error_);
+            on_durable_(error_);
+            return;
+        }
+    }
+    std::error_code why = errc::monitor_lost;
+    try {
+        if (session_->commit(id_, values, chunk_digests)) return;
+    } catch (error const& e) {
+        why = e.code();
+        session_->abandon(id_);
+    } catch (std::exception const&) {
+        why = std::make_error_code(std::errc::not_enough_memory);
+        session_->abandon(id_);
+    }
+    failed(why);
+}
+
+void relayed_save::detach() noexcept {
+    bool unwanted = false;
+    {
+        std::lock_guard lock(mutex_);
+        unwanted = !handed_ && !over_;
+        over_ = true;
+        handed_ = false;
+    }
+    session_->forget(id_);
+    if (unwanted) session_->abandon(id_);
+}
+
+void relayed_save::crash_safe() noexcept {
+    std::lock_guard lock(mutex_);
+    if (over_ || safe_ || !handed_) return;
+    safe_ = true;
+    on_safe_({});
+}
+
+void relayed_save::durable() noexcept {
+    std::lock_guard lock(mutex_);
+    if (over_ || !handed_) return;
+    over_ = true;
+    if (!safe_) on_safe_({});
+    on_durable_({});
+}
+
+void relayed_save::failed(std::error_code why) noexcept {
+    std::lock_guard lock(mutex_);
+    if (over_) return;
+    over_ = true;
+    error_ = why;
+    if (!handed_) return;
+    if (!safe_) on_safe_(why);
+    on_durable_(why);
+}
+
+// ---- the connection ----
+
+session::session(std::unique_ptr<dialogue> open, wire::welcome const& greeting, session_settings settings)
+    : dialogue_(std::move(open)), settings_(std::move(settings)), silence_(dialogue_->context()), end_(dialogue_->context()),
+      next_number_(dialogue_->writer().next()), credit_(greeting.credit_bytes) {}
+
+session::loans session::run() noexcept {
+    try {
+        dialogue_->context().restart();
+        process();
+        watch_silence();
+        dialogue_->context().run();
+    } catch (std::exception const& e) {
+        lose(e.what());
+        // What is pending refers to this.
+        dialogue_->context().restart();
+        dialogue_->context().run();
+    }
+    lose("it ended");
+    std::lock_guard lock(mutex_);
+    return std::exchange(loans_, {});
+}
+
+void session::finish(std::chrono::milliseconds limit) noexcept {
+    std::lock_guard lock(mutex_);
+    // What is posted to a connection that has ended would keep it for ever.
+    if (lost_) return;
+    try {
+        auto last = outgoing_of(wire::goodbye{});
+        queue_.push_back(std::move(last));
+        finishing_ = true;
+        boost::asio::post(dialogue_->context(), [self = shared_from_this(), limit] {
+            self->end_.expires_after(limit);
+            self->end_.async_wait([self](boost::system::error_code ec) {
+                if (!ec) self->lose("the trainer has ended");
+            });
+            self->pump();
+        });
+    } catch (std::exception const&) {
+        boost::asio::post(dialogue_->context(), [self = shared_from_this()] { self->lose("the trainer has ended"); });
+    }
+}
+
+bool session::is_lost() const noexcept {
+    std::lock_guard lock(mutex_);
+    return lost_;
+}
+
+std::string session::why_lost() const {
+    std::lock_guard lock(mutex_);
+    return why_;
+}
+
+std::shared_ptr<relayed_save> session::begin(std::uint64_t id, std::uint64_t step) {
+    auto save = std::make_shared<relayed_save>(shared_from_this(), id);
+    {
+        std::lock_guard lock(mutex_);
+        saves_.emplace(id, save);
+    }
+    std::vector<outgoing> items;
+    items.push_back(outgoing_of(wire::begin{id, step}));
+    if (enqueue(std::move(items))) return save;
+    forget(id);
+    throw error(errc::monitor_lost, "the monitor is lost: " + why_lost());
+}
+
+void session::write(std::uint64_t id, std::uint64_t offset_bytes, block const& b, completion done, loan kept) noexcept {
+    std::error_code failed;
+    try {
+        if (kept && b.slot >= 0 && static_cast<std::size_t>(b.slot) < settings_.regions.size())
+            failed = lend(id, offset_bytes, b, std::move(kept));
+        else if (send(id, offset_bytes, b, done, std::move(kept)))
+            return;
+        else
+            failed = errc::monitor_lost;
+    } catch (std::exception const&) {
+        failed = std::make_error_code(std::errc::not_enough_memory);
+    }
+    done(failed);
+}
+
+std::error_code session::lend(std::uint64_t id, std::uint64_t offset_bytes, block const& b, loan kept) {
+    auto const region = static_cast<std::uint32_t>(b.slot);
+    auto const at = static_cast<std::uint64_t>(b.data - settings_.regions[region]);
+    auto item = outgoing_of(wire::block_ref{id, offset_bytes, static_cast<std::uint32_t>(b.size_bytes), region, at});
+    std::unique_lock lock(mutex_);
+    if (lost_) return errc::monitor_lost;
+    loans_.insert_or_assign({region, at}, std::move(kept));
+    queue_.push_back(std::move(item));
+    wake_locked();
+    return {};
+}
+
+bool session::send(std::uint64_t id, std::uint64_t offset_bytes, block const& b, completion done, loan kept) {
+    std::vector<outgoing> items;
+    for (std::size_t at = 0; at < b.size_bytes;) {
+        auto const n = std::min(settings_.piece_bytes, b.size_bytes - at);
+        items.push_back(outgoing_of(wire::block_data{id, offset_bytes + at, {}}, {b.data + at, n}));
+        at += n;
+    }
+    if (items.empty()) {
+        done({});
+        return true;
+    }
+    items.back().done = done;
+    items.back().kept = std::move(kept);
+    return enqueue(std::move(items));
+}
+
+bool session::commit(std::uint64_t id, commit_values const& values, std::span<std::uint64_t const> chunk_digests) {
+    std::vector<outgoing> items;
+    items.push_back(outgoing_of(wire::commit{id, values.metadata, {chunk_digests.begin(), chunk_digests.end()}}));
+    saw_commit_ = true;
+    return enqueue(std::move(items));
+}
+
+void session::abandon(std::uint64_t id) noexcept {
+    try {
+        std::vector<outgoing> items;
+        items.push_back(outgoing_of(wire::abandon{id}));
+        enqueue(std::move(items));
+    } catch (std::exception const&) {
+        // The monitor discards it with the connection at the latest.
+    }
+}
+
+void session::forget(std::uint64_t id) noexcept {
+    std::shared_ptr<relayed_save> gone;
+    std::lock_guard lock(mutex_);
+    if (auto it = saves_.find(id); it != saves_.end()) {
+        gone = std::move(it->second);
+        saves_.erase(it);
+    }
+}
+
+template <class Message>
+session::outgoing session::outgoing_of(Message const& m, std::span<std::byte const> behind) {
+    outgoing out;
+    wire::frame_writer{}.append_head(out.head, m, behind.size());
+    out.behind = behind;
+    return out;
+}
+
+bool session::enqueue(std::vector<outgoing> items, bool first) {
+    std::lock_guard lock(mutex_);
+    if (lost_) return false;
+    if (first)
+        queue_.insert(queue_.begin(), std::make_move_iterator(items.begin()), std::make_move_iterator(items.end()));
+    else
+        queue_.insert(queue_.end(), std::make_move_iterator(items.begin()), std::make_move_iterator(items.end()));
+    wake_locked();
+    return true;
+}
+
+void session::wake_locked() {
+    if (std::exchange(woken_, true)) return;
+    boost::asio::post(dialogue_->context(), [self = shared_from_this()] {
+        {
+            std::lock_guard lock(self->mutex_);
+            self->woken_ = false;
+        }
+        self->pump();
+    });
+}
+
+void session::pump() {
+    if (!writing_.empty()) return;
+    bool over = false;
+    {
+        std::lock_guard lock(mutex_);
+        if (lost_) return;
+        while (!queue_.empty() && writing_.size() < most_at_once) {
+            auto& next = queue_.front();
+            if (next.behind.size() > credit_) break;
+            credit_ -= next.behind.size();
+            wire::set_number(next.head, next_number_++);
+            writing_.push_back(std::move(next));
+            queue_.pop_front();
+        }
+        over = writing_.empty() && finishing_ && queue_.empty();
+    }
+    if (over) return lose("the trainer has ended");
+    if (writing_.empty()) return;
+    std::vector<std::span<std::byte const>> pieces;
+    for (auto const& o : writing_) {
+        pieces.push_back(o.head);
+        if (!o.behind.empty()) pieces.push_back(o.behind);
+    }
+    dialogue_->stream().write(pieces, [this](std::error_code ec, std::size_t) {
+        for (auto& o : std::exchange(writing_, {}))
+            if (o.done.done) o.done(ec ? make_error_code(errc::monitor_lost) : std::error_code{});
+        if (ec)
+            lose(ec.message());
+        else
+            pump();
+    });
+}
+
+/// Takes what has come, and waits for more.
+void session::process() {
+    try {
+        while (auto const next = dialogue_->buffer().next()) {
+            take(next->first, next->second);
+            std::lock_guard lock(mutex_);
+            if (lost_) return;
+        }
+    } catch (std::exception const& e) {
+        return lose(e.what());
+    }
+    dialogue_->stream().read(dialogue_->buffer().room(), 1, [this](std::error_code ec, std::size_t n) {
+        {
+            std::lock_guard lock(mutex_);
+            if (lost_) return;
+        }
+        heard_ = clock::now();
+        dialogue_->buffer().filled(n);
+        if (ec && n == 0) return lose(ec.message());
+        process();
+    });
+}
+
+void session::take(wire::message type, std::span<std::byte const> payload) {
+    auto const refuse = [](char const* what) { throw error(errc::malformed, std::string("malformed message: ") + what); };
+    wire::decode(type, payload, [&]<class Message>(Message const& m) {
+        if constexpr (std::same_as<Message, wire::credit>) {
+            {
+                std::lock_guard lock(mutex_);
+                if (__builtin_add_overflow(credit_, m.bytes, &credit_)) refuse("more credit than there can be");
+            }
+            pump();
+        } else if constexpr (std::same_as<Message, wire::release>) {
+            loan ended;
+            std::lock_guard lock(mutex_);
+            auto it = loans_.find({m.region, m.region_offset});
+            if (it == loans_.end()) refuse("a block comes back that was not lent");
+            ended = std::move(it->second);
+            loans_.erase(it);
+        } else if constexpr (std::same_as<Message, wire::crash_safe>) {
+            if (auto const save = find(m.save)) save->crash_safe();
+        } else if constexpr (std::same_as<Message, wire::durable>) {
+            saw_durable_ = true;
+            if (auto const save = find(m.save)) save->durable();
+            forget(m.save);
+        } else if constexpr (std::same_as<Message, wire::failed>) {
+            if (auto const save = find(m.save)) save->failed(m.code ? m.code : make_error_code(errc::monitor_lost));
+            forget(m.save);
+        } else if constexpr (std::same_as<Message, wire::ping>) {
+            pings_ = true;
+            std::vector<outgoing> items;
+            items.push_back(outgoing_of(wire::pong{}));
+            enqueue(std::move(items), true);
+        } else if constexpr (std::same_as<Message, wire::refusal>) {
+            throw error(m.code, m.text);
+        } else {
+            refuse("out of place");
+        }
+    });
+}
+
+/// Null for a save that nobody waits for any more.
+std::shared_ptr<relayed_save> session::find(std::uint64_t id) {
+    std::lock_guard lock(mutex_);
+    auto const it = saves_.find(id);
+    return it == saves_.end() ? nullptr : it->second;
+}
+
+void session::watch_silence() {
+    silence_.expires_after(std::max(settings_.silence / 4, std::chrono::milliseconds(1)));
+    silence_.async_wait([this](boost::system::error_code ec) {
+        if (ec) return;
+        if (pings_ && clock::now() - heard_ >= settings_.silence) return lose("it says nothing");
+        watch_silence();
+    });
+}
+
+void session::lose(std::string const& why) noexcept {
+    std::deque<outgoing> unsent;
+    std::map<std::uint64_t, std::shared_ptr<relayed_save>> waiting;
+    {
+        std::lock_guard lock(mutex_);
+        if (std::exchange(lost_, true)) return;
+        try {
+            why_ = why;
+        } catch (std::bad_alloc const&) {
+        }
+        unsent.swap(queue_);
+        waiting.swap(saves_);
+    }
+    dialogue_->stream().close();
+    silence_.cancel();
+    end_.cancel();
+    for (auto const& o : unsent)
+        if (o.done.done) o.done(errc::monitor_lost);
+    for (auto const& [id, save] : waiting) save->failed(errc::monitor_lost);
+}
+
+}  // namespace varve::asio::client

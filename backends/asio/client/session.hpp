@@ -1,0 +1,130 @@
+#pragma once
+
+#include <boost/asio/steady_timer.hpp>
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <deque>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <span>
+#include <string>
+#include <system_error>
+#include <utility>
+#include <vector>
+
+#include "dialogue.hpp"
+#include "varve/concepts/relaying_sink.hpp"
+#include "varve/concepts/sink.hpp"
+#include "varve/loan.hpp"
+
+namespace varve::asio::client {
+
+class session;
+
+/// One save on its way to the monitor, between the checkpointer's target and the connection. Thread-safe.
+class relayed_save {
+public:
+    relayed_save(std::shared_ptr<session> s, std::uint64_t id) noexcept : session_(std::move(s)), id_(id) {}
+    relayed_save(relayed_save const&) = delete;
+    relayed_save& operator=(relayed_save const&) = delete;
+
+    std::uint64_t id() const noexcept { return id_; }
+    void write(std::uint64_t offset_bytes, block const& b, completion done, loan kept) noexcept;
+    void hand_over(commit_values const& values, std::span<std::uint64_t const> chunk_digests, completion crash_safe, completion durable) noexcept;
+    /// Nobody waits any more; no completion is called once this has returned.
+    void detach() noexcept;
+
+    /// What the monitor says of it. An error is the last word.
+    void crash_safe() noexcept;
+    void durable() noexcept;
+    void failed(std::error_code why) noexcept;
+
+private:
+    std::shared_ptr<session> const session_;
+    std::uint64_t const id_;
+    std::mutex mutex_;  ///< held while a completion of hand_over runs
+    bool handed_ = false, safe_ = false, over_ = false;
+    std::error_code error_;
+    completion on_safe_, on_durable_;
+};
+
+struct session_settings {
+    std::chrono::milliseconds silence{15'000};
+    std::vector<std::byte const*> regions{};  ///< where those of the pool begin; none: blocks are sent
+    std::size_t piece_bytes = 0;              ///< the most that one BLOCK_DATA brings
+};
+
+/// A connection to a monitor that has welcomed this run. One thread runs it; the rest is called on any.
+class session : public std::enable_shared_from_this<session> {
+public:
+    using loans = std::map<std::pair<std::uint32_t, std::uint64_t>, loan>;
+
+    session(std::unique_ptr<dialogue> open, wire::welcome const& greeting, session_settings settings);
+    session(session const&) = delete;
+    session& operator=(session const&) = delete;
+
+    /// Until the connection is lost, or finish() is over: then nothing is in flight any more. Returns the loans that the
+    /// monitor had not ended.
+    loans run() noexcept;
+    /// Sends what is queued and goodbye, for at most that long; run() returns then.
+    void finish(std::chrono::milliseconds limit) noexcept;
+
+    bool is_lost() const noexcept;
+    std::string why_lost() const;
+    bool saw_durable() const noexcept { return saw_durable_; }
+    bool saw_commit() const noexcept { return saw_commit_; }
+
+    /// Throws errc::monitor_lost.
+    std::shared_ptr<relayed_save> begin(std::uint64_t id, std::uint64_t step);
+    /// By reference where the block is in the pool and on loan.
+    void write(std::uint64_t id, std::uint64_t offset_bytes, block const& b, completion done, loan kept) noexcept;
+    /// Returns false where the connection is lost.
+    bool commit(std::uint64_t id, commit_values const& values, std::span<std::uint64_t const> chunk_digests);
+    void abandon(std::uint64_t id) noexcept;
+    void forget(std::uint64_t id) noexcept;
+
+private:
+    /// A message, and the bytes that are sent behind it from where they are.
+    struct outgoing {
+        std::vector<std::byte> head;
+        std::span<std::byte const> behind{};
+        completion done{};
+        loan kept{};
+    };
+
+    template <class Message>
+    static outgoing outgoing_of(Message const& m, std::span<std::byte const> behind = {});
+    /// False where the connection is lost.
+    bool enqueue(std::vector<outgoing> items, bool first = false);
+    void wake_locked();
+    std::error_code lend(std::uint64_t id, std::uint64_t offset_bytes, block const& b, loan kept);
+    bool send(std::uint64_t id, std::uint64_t offset_bytes, block const& b, completion done, loan kept);
+    void process();
+    void pump();
+    void take(wire::message type, std::span<std::byte const> payload);
+    std::shared_ptr<relayed_save> find(std::uint64_t id);
+    void watch_silence();
+    void lose(std::string const& why) noexcept;
+
+    std::unique_ptr<dialogue> dialogue_;
+    session_settings const settings_;
+    boost::asio::steady_timer silence_, end_;
+    std::chrono::steady_clock::time_point heard_{};
+    std::uint64_t next_number_;  ///< of the frames sent; the running thread's
+    std::vector<outgoing> writing_;
+
+    mutable std::mutex mutex_;
+    std::deque<outgoing> queue_;
+    std::uint64_t credit_;
+    bool woken_ = false, finishing_ = false, lost_ = false, pings_ = false;
+    std::string why_;
+    std::map<std::uint64_t, std::shared_ptr<relayed_save>> saves_;
+    loans loans_;
+    std::atomic<bool> saw_durable_{false}, saw_commit_{false};
+};
+
+}  // namespace varve::asio::client

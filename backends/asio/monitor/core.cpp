@@ -1,0 +1,328 @@
+#include "core.hpp"
+
+#include <boost/asio/post.hpp>
+#include <boost/asio/strand.hpp>
+
+#include <algorithm>
+#include <thread>
+#include <unistd.h>
+
+#include "varve/detail/text.hpp"
+
+#include "session.hpp"
+
+namespace varve::asio::server {
+
+namespace {
+
+constexpr std::size_t most_sessions = 256;
+constexpr std::size_t most_name_bytes = 255;
+/// With `once`: for how long nobody may come before it ends.
+constexpr std::chrono::seconds first_trainer_limit{60};
+/// For a connection to end whose process has.
+constexpr std::chrono::seconds busy_limit{1};
+
+std::string megabytes(std::uint64_t bytes) { return std::to_string((bytes + 999'999) / 1'000'000) + " MB"; }
+
+}  // namespace
+
+core::core(monitor_options options) : options_(std::move(options)), work_(context_.get_executor()), first_trainer_(context_), budget_(options_.memory_limit_bytes) {}
+core::~core() = default;
+
+void core::listen() {
+    if (options_.listen.empty()) throw error(std::make_error_code(std::errc::invalid_argument), "a monitor needs an address to listen at");
+    for (auto const& at : options_.listen) {
+        listeners_.push_back(std::make_unique<listener>(context_.get_executor(), at, at.is_unix() ? nullptr : options_.tls));
+        where_.push_back(listeners_.back()->where());
+    }
+    for (std::size_t i = 0; i < listeners_.size(); ++i) accept(i);
+    if (!options_.once) return;
+    first_trainer_.expires_after(first_trainer_limit);
+    first_trainer_.async_wait([self = shared_from_this()](boost::system::error_code ec) {
+        if (!ec) self->stop();
+    });
+}
+
+void core::run() {
+    auto serve = [&] {
+        for (;;) {
+            try {
+                context_.run();
+                return;
+            } catch (std::exception const& e) {
+                log(std::string("a connection was lost to an error of the monitor: ") + e.what());
+            }
+        }
+    };
+    std::vector<std::jthread> others;
+    for (unsigned i = 1; i < options_.threads; ++i) others.emplace_back(serve);
+    serve();
+}
+
+std::vector<address> core::where() const { return where_; }
+
+void core::accept(std::size_t i) {
+    listeners_[i]->accept(boost::asio::make_strand(context_), [self = shared_from_this(), i](std::error_code ec, std::unique_ptr<stream> s) {
+        {
+            std::lock_guard lock(self->mutex_);
+            if (self->stopping_) return;
+            // The socket is 0600; this is for whoever changed that.
+            bool const stranger = s && s->peer_uid() && *s->peer_uid() != ::geteuid() && *s->peer_uid() != 0;
+            if (s && !stranger && self->sessions_.size() < most_sessions) {
+                auto const made = std::make_shared<session>(self, std::move(s));
+                self->sessions_.insert(made);
+                made->start();
+            }
+        }
+        if (!ec) return self->accept(i);
+        // Out of descriptors, as a rule: they come back when somebody leaves.
+        auto later = std::make_shared<boost::asio::steady_timer>(self->context_, std::chrono::milliseconds(100));
+        later->async_wait([self, i, later](boost::system::error_code cancelled) {
+            if (!cancelled) self->accept(i);
+        });
+    });
+}
+
+void core::stop() {
+    std::vector<std::shared_ptr<session>> all;
+    {
+        std::lock_guard lock(mutex_);
+        if (std::exchange(stopping_, true)) return;
+        all.assign(sessions_.begin(), sessions_.end());
+        waiting_.clear();
+        for (auto& [path, l] : lingering_) l.timer->cancel();
+        lingering_.clear();
+        first_trainer_.cancel();
+    }
+    for (auto& l : listeners_) l->close();
+    for (auto const& s : all) s->end(error(errc::cancelled, "the monitor is ending"));
+    look_if_over();
+}
+
+void core::ended(session* s) {
+    {
+        std::lock_guard lock(mutex_);
+        std::erase_if(sessions_, [&](auto const& other) { return other.get() == s; });
+    }
+    look_if_over();
+}
+
+void core::look_if_over() {
+    bool stop_now = false;
+    {
+        std::lock_guard lock(mutex_);
+        if (!stores_.empty() || !sessions_.empty()) return;
+        if (stopping_)
+            work_.reset();
+        else
+            stop_now = options_.once && had_trainer_ && lingering_.empty();
+    }
+    if (stop_now) stop();
+}
+
+// ---- stores ----
+
+std::filesystem::path core::path_of(std::string const& store, bool over_network) const {
+    auto refuse = [&](char const* why) -> std::filesystem::path {
+        throw error(std::make_error_code(std::errc::invalid_argument), "the store '" + varve::detail::printable(store) + "' " + why);
+    };
+    bool const control = std::any_of(store.begin(), store.end(), [](char c) { return static_cast<unsigned char>(c) < 0x20 || c == 0x7F; });
+    if (store.empty() || control || !varve::detail::is_utf8(store)) return refuse("has no name that a folder can have");
+    if (!over_network && store.front() == '/') return std::filesystem::weakly_canonical(store);
+    if (store.find('/') != std::string::npos || store == "." || store == ".." || store.size() > most_name_bytes)
+        return refuse(over_network ? "must be a name below the monitor's --dir: no path" : "must be an absolute path, or a name below the monitor's --dir");
+    return std::filesystem::weakly_canonical(options_.dir / store);
+}
+
+void core::attach(wire::hello hello, std::vector<file_descriptor> regions, bool over_network, attached call) {
+    if (hello.purpose == wire::purpose::status) return call.good(nullptr, {});
+    auto const path = path_of(hello.store, over_network);
+    if (hello.purpose == wire::purpose::trainer) held_store::expect_sense(hello);
+    std::unique_lock lock(mutex_);
+    if (stopping_) throw error(errc::cancelled, "the monitor is ending");
+    if (auto it = stores_.find(path); it != stores_.end()) {
+        bool const busy = it->second->has_trainer();
+        if (!busy || hello.purpose == wire::purpose::trainer) return wait_for_store(path, busy, std::move(hello), std::move(regions), over_network, std::move(call));
+    }
+    if (hello.purpose == wire::purpose::trainer) return attach_trainer(path, std::move(hello), std::move(regions), std::move(call));
+    wire::welcome answer;
+    if (auto it = lingering_.find(path); it != lingering_.end()) answer.memory_step = it->second.image->step;
+    call.good(nullptr, answer);
+}
+
+/// With the mutex held. What the last trainer left is being written: then it can be fetched, or added to. Where it is not seen to
+/// have gone, its connection gets a moment to end: a killed trainer's may come after the next one's beginning.
+void core::wait_for_store(std::filesystem::path const& path, bool busy, wire::hello hello, std::vector<file_descriptor> regions, bool over_network, attached call) {
+    auto const id = ++last_waiting_;
+    auto again = [self = shared_from_this(), hello = std::make_shared<wire::hello>(std::move(hello)),
+                  regions = std::make_shared<std::vector<file_descriptor>>(std::move(regions)), over_network, call] {
+        if (!call.still_there()) return;
+        try {
+            self->attach(std::move(*hello), std::move(*regions), over_network, call);
+        } catch (error const& e) {
+            call.refused(e);
+        }
+    };
+    waiting_.push_back({path, id, std::move(again)});
+    if (!busy) return;
+    auto timer = std::make_shared<boost::asio::steady_timer>(context_, busy_limit);
+    timer->async_wait([weak = weak_from_this(), timer, path, id, call](boost::system::error_code) {
+        auto const self = weak.lock();
+        if (!self) return;
+        {
+            std::lock_guard lock(self->mutex_);
+            auto it = self->stores_.find(path);
+            if (it != self->stores_.end() && !it->second->has_trainer()) return;
+            if (std::erase_if(self->waiting_, [&](auto const& w) { return w.id == id; }) == 0) return;
+        }
+        call.refused(error(errc::store_locked, varve::detail::printable(path.string()) + ": another process is writing to this store"));
+    });
+}
+
+/// With the mutex held.
+void core::attach_trainer(std::filesystem::path const& path, wire::hello hello, std::vector<file_descriptor> descriptors, attached call) {
+    if (hello.fresh) drop_lingering(path);
+    auto lease = take_memory(path, hello);
+    std::vector<shared_region> regions;
+    regions.reserve(descriptors.size());
+    for (std::size_t i = 0; i < descriptors.size(); ++i) regions.emplace_back(std::move(descriptors[i]), hello.region_bytes[i]);
+
+    // The store is in the map before anything of its thread is carried out here.
+    auto in_map = [self = weak_from_this(), path](auto then) {
+        if (auto core = self.lock())
+            boost::asio::post(core->context_, [core, path, then = std::move(then)]() mutable {
+                std::shared_ptr<held_store> store;
+                {
+                    std::lock_guard lock(core->mutex_);
+                    if (auto it = core->stores_.find(path); it != core->stores_.end()) store = it->second;
+                }
+                then(*core, std::move(store));
+            });
+    };
+    store_hooks hooks;
+    hooks.opened = [in_map, path, call](opened_store const& found) {
+        in_map([path, call, found](core& in, std::shared_ptr<held_store> store) { in.store_opened(path, store, found, call); });
+    };
+    hooks.not_opened = [in_map, path, call](error const& e) {
+        in_map([path, call, e](core& in, std::shared_ptr<held_store> store) {
+            store.reset();
+            in.store_closed(path, nullptr);
+            call.refused(e);
+        });
+    };
+    hooks.tell = call.tell;
+    hooks.became_durable = [in_map, path] {
+        in_map([path](core& in, std::shared_ptr<held_store> const&) {
+            std::lock_guard lock(in.mutex_);
+            in.drop_lingering(path);
+        });
+    };
+    hooks.ended = [in_map, path](std::unique_ptr<kept_image> kept) {
+        in_map([path, kept = std::move(kept)](core& in, std::shared_ptr<held_store> store) mutable {
+            store.reset();
+            in.store_closed(path, std::move(kept));
+        });
+    };
+    hooks.log = [self = weak_from_this()](std::string const& line) {
+        if (auto core = self.lock()) core->log(line);
+    };
+    auto store = std::make_shared<held_store>(path, std::move(hello), std::move(regions), std::move(lease), options_.writes_at_once, std::move(hooks));
+    stores_.emplace(path, std::move(store));
+    had_trainer_ = true;
+    first_trainer_.cancel();
+}
+
+/// With the mutex held. What lingers on disk too gives way to who trains.
+memory_budget::lease core::take_memory(std::filesystem::path const& path, wire::hello const& hello) {
+    std::uint64_t least = 0, most = 0;
+    for (auto bytes : hello.region_bytes) least += bytes;
+    most = least;
+    if (hello.region_bytes.empty()) {
+        most = held_store::wanted_bytes(hello);
+        least = std::min<std::uint64_t>(most, 2 * hello.block_bytes);
+    }
+    if (budget_.free_bytes() < most) {
+        if (auto it = lingering_.find(path); it != lingering_.end() && it->second.image->durable) drop_lingering(path);
+        for (auto it = lingering_.begin(); it != lingering_.end() && budget_.free_bytes() < most;) {
+            auto const& [other, l] = *it++;
+            if (l.image->durable) drop_lingering(std::filesystem::path(other));
+        }
+    }
+    auto lease = budget_.take(std::clamp(budget_.free_bytes(), least, most));
+    if (!lease)
+        throw error(std::make_error_code(std::errc::not_enough_memory),
+                    "the trainer's pool of " + megabytes(least) + " is more than the monitor may hold: " + megabytes(budget_.limit_bytes()) + ", of which " +
+                        megabytes(budget_.used_bytes()) + " are in use; raise --memory-mb or take a smaller pool");
+    return std::move(*lease);
+}
+
+void core::store_opened(std::filesystem::path const& path, std::shared_ptr<held_store> const& store, opened_store const& found, attached const& call) {
+    if (!store) return;
+    wire::welcome w;
+    w.durable_step = found.durable_step;
+    w.durable_sequence = found.durable_sequence;
+    w.credit_bytes = found.credit_bytes;
+    {
+        std::lock_guard lock(mutex_);
+        if (auto it = lingering_.find(path); it != lingering_.end()) w.memory_step = it->second.image->step;
+    }
+    log(path.string() + ": opened for " + call.peer);
+    call.good(store, w);
+}
+
+void core::detach(std::shared_ptr<held_store> const& store, bool farewell) {
+    bool keep = false;
+    {
+        std::lock_guard lock(mutex_);
+        keep = !stopping_ && options_.linger.count() > 0 && !(options_.once && farewell);
+    }
+    store->trainer_gone(keep);
+}
+
+void core::store_closed(std::filesystem::path const& path, std::unique_ptr<kept_image> kept) {
+    std::shared_ptr<held_store> gone;
+    std::vector<std::function<void()>> again;
+    {
+        std::lock_guard lock(mutex_);
+        if (auto it = stores_.find(path); it != stores_.end()) {
+            gone = std::move(it->second);
+            stores_.erase(it);
+        }
+        if (kept && !stopping_) {
+            log(path.string() + ": the checkpoint of step " + std::to_string(kept->step) + " lingers in memory");
+            drop_lingering(path);
+            auto timer = std::make_shared<boost::asio::steady_timer>(context_, options_.linger);
+            timer->async_wait([weak = weak_from_this(), path, timer](boost::system::error_code ec) {
+                auto const self = weak.lock();
+                if (ec || !self) return;
+                {
+                    std::lock_guard inner(self->mutex_);
+                    auto it = self->lingering_.find(path);
+                    if (it == self->lingering_.end() || it->second.timer != timer) return;
+                    self->lingering_.erase(it);
+                }
+                self->look_if_over();
+            });
+            lingering_.emplace(path, lingering{std::move(kept), std::move(timer)});
+        }
+        std::erase_if(waiting_, [&](auto& w) {
+            if (w.path != path) return false;
+            again.push_back(std::move(w.again));
+            return true;
+        });
+    }
+    // Its thread has nothing left to do, and is waited for here.
+    gone.reset();
+    for (auto const& call : again) call();
+    look_if_over();
+}
+
+/// With the mutex held.
+void core::drop_lingering(std::filesystem::path const& path) {
+    auto it = lingering_.find(path);
+    if (it == lingering_.end()) return;
+    it->second.timer->cancel();
+    lingering_.erase(it);
+}
+
+}  // namespace varve::asio::server

@@ -1,0 +1,110 @@
+#pragma once
+
+#include <boost/asio/io_context.hpp>
+#include <boost/asio/steady_timer.hpp>
+
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "varve/asio/monitor/monitor.hpp"
+#include "varve/asio/wire.hpp"
+#include "varve/error.hpp"
+
+#include "held_store.hpp"
+#include "kept_image.hpp"
+#include "memory_budget.hpp"
+
+namespace varve::asio::server {
+
+class session;
+
+/// A checkpoint to be fetched, open for reading.
+struct found_image {
+    std::uint64_t step = 0, sequence = 0, size_bytes = 0;
+    bool in_memory = false;
+    std::string name;
+    file_descriptor file;
+};
+
+/// What a monitor's sessions share: the stores, the memory, and what lingers. Thread-safe.
+class core : public std::enable_shared_from_this<core> {
+public:
+    explicit core(monitor_options options);
+    ~core();
+
+    void listen();
+    void run();
+    void stop();
+    std::vector<address> where() const;
+    std::string status() const;
+
+    monitor_options const& options() const noexcept { return options_; }
+    boost::asio::io_context& context() noexcept { return context_; }
+    void log(std::string const& line) const {
+        if (options_.log) options_.log(line);
+    }
+
+    /// How a session is told what came of attach; called on any thread, does no more than post.
+    struct attached {
+        std::function<void(std::shared_ptr<held_store>, wire::welcome const&)> good;  ///< the store is null but for a trainer
+        std::function<void(error const&)> refused;
+        std::function<void(notice)> tell;
+        std::function<bool()> still_there;
+        std::string peer;
+    };
+    /// Opens the store of a trainer, or waits until what is asked for can be fetched. Throws error where that is clear at once.
+    void attach(wire::hello hello, std::vector<file_descriptor> regions, bool over_network, attached call);
+    /// The trainer's connection has ended; `farewell` where it said so.
+    void detach(std::shared_ptr<held_store> const& store, bool farewell);
+    void ended(session* s);
+
+    /// Nothing where there is no such checkpoint. `store` is what HELLO said; `held` the trainer's own, or null.
+    std::optional<found_image> find(std::string const& store, bool over_network, held_store const* held, wire::fetch const& what);
+
+private:
+    struct lingering {
+        std::unique_ptr<kept_image> image;
+        std::shared_ptr<boost::asio::steady_timer> timer;
+    };
+    struct waiting {
+        std::filesystem::path path;
+        std::uint64_t id = 0;
+        std::function<void()> again;
+    };
+
+    std::filesystem::path path_of(std::string const& store, bool over_network) const;
+    void accept(std::size_t listener);
+    void wait_for_store(std::filesystem::path const& path, bool busy, wire::hello hello, std::vector<file_descriptor> regions, bool over_network, attached call);
+    void attach_trainer(std::filesystem::path const& path, wire::hello hello, std::vector<file_descriptor> regions, attached call);
+    memory_budget::lease take_memory(std::filesystem::path const& path, wire::hello const& hello);
+    void store_opened(std::filesystem::path const& path, std::shared_ptr<held_store> const& store, opened_store const& found, attached const& call);
+    void store_closed(std::filesystem::path const& path, std::unique_ptr<kept_image> kept);
+    void drop_lingering(std::filesystem::path const& path);
+    void look_if_over();
+
+    monitor_options const options_;
+    boost::asio::io_context context_;
+    std::optional<boost::asio::executor_work_guard<boost::asio::io_context::executor_type>> work_;
+    std::vector<std::unique_ptr<listener>> listeners_;
+    std::vector<address> where_;
+    boost::asio::steady_timer first_trainer_;
+    memory_budget budget_;
+
+    mutable std::mutex mutex_;
+    std::set<std::shared_ptr<session>> sessions_;
+    std::map<std::filesystem::path, std::shared_ptr<held_store>> stores_;
+    std::map<std::filesystem::path, lingering> lingering_;
+    std::vector<waiting> waiting_;
+    std::uint64_t last_waiting_ = 0;
+    bool stopping_ = false, had_trainer_ = false;
+};
+
+}  // namespace varve::asio::server

@@ -1,0 +1,99 @@
+#include "core.hpp"
+
+#include <algorithm>
+#include <fcntl.h>
+#include <nlohmann/json.hpp>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "varve/detail/store_folder.hpp"
+#include "varve/detail/text.hpp"
+#include "varve/format/safetensors.hpp"
+#include "varve/version.hpp"
+
+namespace varve::asio::server {
+
+namespace {
+
+file_descriptor open_to_read(std::filesystem::path const& path) {
+    return {::open(path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC), system_calls::kernel()};
+}
+
+/// The checkpoints of a store that nobody writes to, newest first; those that cannot be told are left out.
+std::vector<stored_checkpoint> checkpoints_in(std::filesystem::path const& folder) {
+    safetensors const format;
+    std::vector<stored_checkpoint> out;
+    file_descriptor fd(::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC), system_calls::kernel());
+    if (!fd) return out;
+    for (auto const& name : varve::detail::names_in(fd.get())) {
+        if (!varve::detail::step_of_name(name, format.extension())) continue;
+        try {
+            auto const file = open_to_read(folder / name);
+            if (!file) continue;
+            auto const found = format.identify(file.get());
+            out.push_back({found.step, found.sequence, name});
+        } catch (error const&) {
+        }
+    }
+    std::sort(out.begin(), out.end(), [](auto const& a, auto const& b) { return a.sequence > b.sequence; });
+    return out;
+}
+
+}  // namespace
+
+/// What lingers in memory comes first, though it may be on disk too: a copy that turns out broken leaves the other.
+std::optional<found_image> core::find(std::string const& store, bool over_network, held_store const* held, wire::fetch const& what) {
+    auto const path = path_of(store, over_network);
+    auto left = what.skip;
+    auto is_it = [&](std::uint64_t step) { return (!what.has_step || step == what.step) && left-- == 0; };
+    {
+        std::lock_guard lock(mutex_);
+        auto it = lingering_.find(path);
+        if (it != lingering_.end() && is_it(it->second.image->step)) {
+            auto const& kept = *it->second.image;
+            // Open anew, so that nobody gets a descriptor through which it can be changed.
+            auto fd = open_to_read("/proc/self/fd/" + std::to_string(kept.memory.get()));
+            if (!fd) throw_if(last_system_error(errno), "cannot open the checkpoint in memory");
+            return found_image{kept.step, kept.sequence, kept.size_bytes, true, "the monitor's memory", std::move(fd)};
+        }
+    }
+    for (auto const& c : held ? held->checkpoints() : checkpoints_in(path)) {
+        if (!is_it(c.step)) continue;
+        auto fd = open_to_read(path / c.name);
+        struct stat info {};
+        if (!fd || ::fstat(fd.get(), &info) != 0) throw_if(last_system_error(errno), (path / c.name).string());
+        return found_image{c.step, c.sequence, static_cast<std::uint64_t>(info.st_size), false, (path / c.name).string(), std::move(fd)};
+    }
+    return std::nullopt;
+}
+
+std::string core::status() const {
+    nlohmann::json out;
+    out["version"] = VARVE_VERSION;
+    out["pid"] = ::getpid();
+    out["dir"] = varve::detail::printable(options_.dir.string());
+    for (auto const& at : where_) out["listen"].push_back(varve::detail::printable(at.text()));
+    out["memory_limit_bytes"] = budget_.limit_bytes();
+    out["memory_used_bytes"] = budget_.used_bytes();
+    out["stores"] = nlohmann::json::array();
+    std::lock_guard lock(mutex_);
+    out["connections"] = sessions_.size();
+    for (auto const& [path, store] : stores_) {
+        nlohmann::json one{{"path", varve::detail::printable(path.string())}, {"trainer", store->has_trainer()}};
+        store->describe(one);
+        out["stores"].push_back(std::move(one));
+    }
+    for (auto const& [path, l] : lingering_) {
+        if (!out.contains("lingering")) out["lingering"] = nlohmann::json::array();
+        auto const left = std::chrono::duration<double>(l.timer->expiry() - std::chrono::steady_clock::now()).count();
+        out["lingering"].push_back({{"path", varve::detail::printable(path.string())},
+                                    {"step", l.image->step},
+                                    {"sequence", l.image->sequence},
+                                    {"bytes", l.image->size_bytes},
+                                    {"durable", l.image->durable},
+                                    {"seconds_left", std::max(0.0, left)}});
+    }
+    return out.dump();
+}
+
+}  // namespace varve::asio::server

@@ -1,0 +1,7 @@
+#include "file_writer.hpp"
+
+namespace varve::asio::server {
+
+std::unique_ptr<file_writer> make_file_writer(unsigned writes_at_once) { return make_posix_writer(writes_at_once); }
+
+}  // namespace varve::asio::server

@@ -1,0 +1,346 @@
+#include "session.hpp"
+
+#include <boost/asio/dispatch.hpp>
+#include <boost/asio/error.hpp>
+#include <boost/asio/post.hpp>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <unistd.h>
+
+namespace varve::asio::server {
+
+namespace {
+
+constexpr std::size_t buffer_bytes = 64u << 10;
+/// Payloads grow by no more than this at once, so that a length that is not kept costs no memory.
+constexpr std::size_t step_bytes = 1u << 20;
+constexpr std::size_t piece_bytes = 4u << 20;
+/// A peer that takes nothing while so much waits for it is let go.
+constexpr std::size_t most_waiting_bytes = 16u << 20;
+constexpr std::size_t data_head_bytes = 16;  ///< of a BLOCK_DATA before its bytes
+constexpr std::chrono::milliseconds farewell_limit{2'000};
+
+[[noreturn]] void refuse(std::string const& why) { throw error(errc::malformed, "malformed message: " + why); }
+
+}  // namespace
+
+session::session(std::shared_ptr<core> in, std::unique_ptr<stream> connection)
+    : core_(std::move(in)), stream_(std::move(connection)), peer_(stream_->peer()), over_network_(!stream_->passes_descriptors()), timer_(stream_->executor()),
+      started_(clock::now()), heard_(started_), buffer_(buffer_bytes) {}
+
+void session::start() {
+    boost::asio::dispatch(stream_->executor(), [self = shared_from_this()] {
+        self->tick();
+        self->read();
+    });
+}
+
+void session::end(error why) {
+    boost::asio::post(stream_->executor(), [self = shared_from_this(), why = std::move(why)] { self->fail(why); });
+}
+
+// ---- reading ----
+
+void session::read() {
+    if (reading_ || state_ >= state::ending) return;
+    if (begin_ > 0) {
+        std::memmove(buffer_.data(), buffer_.data() + begin_, end_ - begin_);
+        end_ -= begin_;
+        begin_ = 0;
+    }
+    reading_ = true;
+    stream_->read(std::span(buffer_).subspan(end_), 1, [self = shared_from_this()](std::error_code ec, std::size_t n) {
+        self->reading_ = false;
+        self->was_read(ec, n);
+    });
+}
+
+void session::was_read(std::error_code ec, std::size_t n) {
+    if (state_ >= state::ending) return;
+    heard_ = clock::now();
+    end_ += n;
+    // What came before the end still counts.
+    if (n > 0) take_frames();
+    if (ec && state_ < state::ending) close();
+}
+
+void session::take_frames() {
+    guarded([&] {
+        while (state_ < state::ending && take_frame()) {}
+        if (state_ < state::ending && !place_ && !(head_ && payload_.size() > 0)) read();
+    });
+}
+
+/// Takes the next frame from the buffer; false where more must be read first.
+bool session::take_frame() {
+    auto const left = [&] { return std::span<std::byte const>(buffer_).subspan(begin_, end_ - begin_); };
+    if (!head_) {
+        if (left().size() < wire::header_bytes) return false;
+        head_ = frames_in_.accept(left().first<wire::header_bytes>());
+        begin_ += wire::header_bytes;
+    }
+    if (head_->type == wire::message::block_data) {
+        if (head_->payload_bytes <= data_head_bytes) refuse("a block without bytes");
+        if (left().size() < data_head_bytes) return false;
+        begin_data(*head_);
+        return !place_;
+    }
+    if (left().size() < head_->payload_bytes) {
+        if (head_->payload_bytes <= buffer_.size() - wire::header_bytes) return false;
+        payload_.assign(left().begin(), left().end());
+        begin_ = end_;
+        read_payload();
+        return false;
+    }
+    auto const payload = left().first(head_->payload_bytes);
+    begin_ += payload.size();
+    auto const type = std::exchange(head_, std::nullopt)->type;
+    take_message(type, payload);
+    return true;
+}
+
+/// Reads a payload larger than the buffer.
+void session::read_payload() {
+    auto const have = payload_.size(), step = std::min<std::size_t>(step_bytes, head_->payload_bytes - have);
+    payload_.resize(have + step);
+    reading_ = true;
+    stream_->read(std::span(payload_).subspan(have), step, [self = shared_from_this()](std::error_code ec, std::size_t) {
+        self->reading_ = false;
+        if (self->state_ >= state::ending) return;
+        self->heard_ = clock::now();
+        if (ec) return self->close();
+        self->guarded([&] {
+            if (self->payload_.size() < self->head_->payload_bytes) return self->read_payload();
+            auto const payload = std::exchange(self->payload_, {});
+            auto const type = std::exchange(self->head_, std::nullopt)->type;
+            self->take_message(type, payload);
+            self->take_frames();
+        });
+    });
+}
+
+/// Bytes of a block go where they are to stay; those that are in the buffer already are copied there.
+void session::begin_data(wire::frame_header const& head) {
+    auto const at = std::span<std::byte const>(buffer_).subspan(begin_, data_head_bytes);
+    auto const m = wire::decode<wire::block_data>(at);
+    begin_ += data_head_bytes;
+    place_ = trainers().place_for(m.save, m.image_offset, head.payload_bytes - data_head_bytes);
+    placed_ = std::min(place_->bytes().size(), end_ - begin_);
+    std::memcpy(place_->bytes().data(), buffer_.data() + begin_, placed_);
+    begin_ += placed_;
+    read_data();
+}
+
+void session::read_data() {
+    auto const rest = place_->bytes().subspan(placed_);
+    if (rest.empty()) {
+        auto const whole = *std::exchange(place_, std::nullopt);
+        head_.reset();
+        return trainers().arrived(whole);
+    }
+    // In steps: whoever sends slowly is not silent.
+    auto const keep = place_;
+    reading_ = true;
+    stream_->read(rest, std::min(rest.size(), step_bytes), [self = shared_from_this(), keep](std::error_code ec, std::size_t n) {
+        self->reading_ = false;
+        if (self->state_ >= state::ending) return;
+        self->heard_ = clock::now();
+        if (ec) return self->close();
+        self->placed_ += n;
+        self->guarded([&] {
+            self->read_data();
+            if (!self->place_) self->take_frames();
+        });
+    });
+}
+
+void session::take_message(wire::message type, std::span<std::byte const> payload) {
+    bool const greeting = state_ == state::greeting;
+    if (greeting != (type == wire::message::hello)) refuse(greeting ? "HELLO must come first" : "HELLO came before");
+    if (state_ == state::attaching && type != wire::message::pong && type != wire::message::goodbye) refuse("a message before WELCOME");
+    wire::decode(type, payload, [&](auto&& m) { take(std::move(m)); });
+}
+
+held_store& session::trainers() const {
+    if (!store_) refuse("a message about a save from somebody who trains nothing");
+    return *store_;
+}
+
+// ---- what is asked ----
+
+void session::take(wire::hello m) {
+    if (m.version != wire::version)
+        throw error(errc::mismatch, "the trainer speaks version " + std::to_string(m.version) + " of the protocol, this monitor " + std::to_string(wire::version) +
+                                        "; use the same version of varve on both sides");
+    auto descriptors = stream_->take_descriptors();
+    if (descriptors.size() != m.region_bytes.size()) refuse(std::to_string(m.region_bytes.size()) + " regions and " + std::to_string(descriptors.size()) + " descriptors");
+    state_ = state::attaching;
+    purpose_ = m.purpose;
+    store_name_ = m.store;
+    auto weak = weak_from_this();
+    auto posted = [weak, executor = stream_->executor()](auto call) {
+        boost::asio::post(executor, [weak, call = std::move(call)] {
+            if (auto self = weak.lock()) call(*self);
+        });
+    };
+    core_->attach(std::move(m), std::move(descriptors), over_network_,
+                  {.good =
+                       [weak, executor = stream_->executor(), in = core_](std::shared_ptr<held_store> store, wire::welcome const& w) {
+                           boost::asio::post(executor, [weak, in, store, w] {
+                               auto const self = weak.lock();
+                               if (self && self->state_ < state::ending) return self->welcome(store, w);
+                               if (store) in->detach(store, false);
+                           });
+                       },
+                   .refused = [posted](error const& e) { posted([e](session& self) { self.fail(e); }); },
+                   .tell = [posted](notice n) { posted([n = std::move(n)](session& self) { std::visit([&](auto const& m) { self.send(m); }, n); }); },
+                   .still_there = [weak] { return !weak.expired(); },
+                   .peer = peer_});
+}
+
+void session::welcome(std::shared_ptr<held_store> const& store, wire::welcome const& w) {
+    state_ = state::serving;
+    store_ = store;
+    guarded([&] { send(w); });
+}
+
+void session::take(wire::fetch const& m) {
+    if (purpose_ == wire::purpose::status) refuse("FETCH on a connection for the status");
+    if (sending_) refuse("FETCH before the last one was answered");
+    auto found = core_->find(store_name_, over_network_, store_.get(), m);
+    if (!found) return send(wire::image{});
+    wire::image const answer{found->step, found->sequence, found->size_bytes, found->in_memory, found->name};
+    if (over_network_) {
+        sending_ = sending{std::move(found->file), 0, found->size_bytes};
+        return send(answer);
+    }
+    std::vector<file_descriptor> along;
+    along.push_back(std::move(found->file));
+    send(answer, std::move(along));
+}
+
+void session::take(wire::status const&) { send(wire::status_reply{core_->status()}); }
+
+void session::take(wire::goodbye const&) {
+    farewell_ = true;
+    close();
+}
+
+// ---- writing ----
+
+template <class Message>
+void session::send(Message const& m, std::vector<file_descriptor> descriptors) {
+    if (state_ >= state::closed) return;
+    // What waits goes out as one, but for descriptors: they belong to their message's first byte.
+    if (out_.empty() || !descriptors.empty() || (out_.size() == 1 && writing_) || !out_.back().descriptors.empty()) out_.emplace_back();
+    auto& last = out_.back();
+    auto const before = last.bytes.size();
+    frames_out_.append(last.bytes, m);
+    last.descriptors = std::move(descriptors);
+    out_bytes_ += last.bytes.size() - before;
+    if (state_ < state::ending && out_bytes_ > most_waiting_bytes + piece_bytes) return fail(error(std::make_error_code(std::errc::timed_out), "the peer takes nothing that is sent to it"));
+    write();
+}
+
+void session::send_next_piece() {
+    auto const n = std::min<std::uint64_t>(piece_bytes, sending_->size - sending_->offset);
+    std::vector<std::byte> piece(n);
+    for (std::size_t done = 0; done < n;) {
+        auto const got = ::pread(sending_->file.get(), piece.data() + done, n - done, static_cast<off_t>(sending_->offset + done));
+        if (got < 0 && errno == EINTR) continue;
+        if (got <= 0) return fail(error(std::make_error_code(std::errc::io_error), "the checkpoint cannot be read"));
+        done += static_cast<std::size_t>(got);
+    }
+    wire::image_data const m{sending_->offset, piece};
+    sending_->offset += n;
+    if (sending_->offset == sending_->size) sending_.reset();
+    send(m);
+}
+
+void session::write() {
+    if (writing_ || state_ >= state::closed) return;
+    if (out_.empty()) {
+        if (state_ == state::ending) return close();
+        if (sending_) guarded([&] { send_next_piece(); });
+        return;
+    }
+    writing_ = true;
+    auto const& first = out_.front();
+    std::vector<int> descriptors;
+    for (auto const& d : first.descriptors) descriptors.push_back(d.get());
+    std::span<std::byte const> const bytes = first.bytes;
+    stream_->write(
+        std::span(&bytes, 1),
+        [self = shared_from_this()](std::error_code ec, std::size_t) {
+            self->writing_ = false;
+            self->out_bytes_ -= self->out_.front().bytes.size();
+            self->out_.pop_front();
+            if (ec) return self->close();
+            self->write();
+        },
+        std::move(descriptors));
+}
+
+// ---- ending ----
+
+template <class Call>
+void session::guarded(Call call) noexcept try {
+    call();
+} catch (error const& e) {
+    fail(e);
+} catch (std::exception const& e) {
+    fail(error(std::make_error_code(std::errc::not_enough_memory), std::string("the monitor cannot go on with this connection: ") + e.what()));
+}
+
+/// The reason goes out, then the connection ends; what a trainer has handed over whole is committed.
+void session::fail(error const& why) {
+    if (state_ >= state::ending) return;
+    core_->log(peer_ + ": " + why.what());
+    sending_.reset();
+    state_ = state::ending;
+    try {
+        send(wire::refusal{why.code(), why.what()});
+    } catch (std::exception const&) {
+        return close();
+    }
+    if (store_) core_->detach(std::exchange(store_, nullptr), false);
+    timer_.expires_after(farewell_limit);
+    timer_.async_wait([self = shared_from_this()](boost::system::error_code ec) {
+        if (!ec) self->close();
+    });
+    write();
+}
+
+void session::close() {
+    if (state_ == state::closed) return;
+    state_ = state::closed;
+    timer_.cancel();
+    stream_->close();
+    if (store_) core_->detach(std::exchange(store_, nullptr), farewell_);
+    core_->ended(this);
+}
+
+void session::tick() {
+    if (state_ >= state::ending) return;
+    auto const& o = core_->options();
+    auto const now = clock::now();
+    if (state_ == state::greeting && now - started_ >= o.hello_limit)
+        return fail(error(std::make_error_code(std::errc::timed_out), "no HELLO within " + std::to_string(o.hello_limit.count()) + " ms"));
+    if (state_ != state::greeting) {
+        // A Unix socket ends with its process: one that says nothing may be in a debugger's hands.
+        if (over_network_ && now - heard_ >= o.silence_limit)
+            return fail(error(std::make_error_code(std::errc::timed_out), "nothing was heard for " + std::to_string(o.silence_limit.count()) + " ms"));
+        guarded([&] { send(wire::ping{}); });
+    }
+    if (state_ >= state::ending) return;
+    clock::duration next = o.ping_every;
+    if (state_ == state::greeting) next = std::min<clock::duration>(next, started_ + o.hello_limit - now);
+    timer_.expires_after(next);
+    timer_.async_wait([self = shared_from_this()](boost::system::error_code ec) {
+        if (!ec) self->tick();
+    });
+}
+
+}  // namespace varve::asio::server

@@ -1,0 +1,333 @@
+#include "held_store.hpp"
+
+#include <semaphore>
+#include <sys/mman.h>
+
+#include "varve/detail/digest.hpp"
+#include "varve/error.hpp"
+
+namespace varve::asio::server {
+
+namespace {
+
+std::error_code code_of(std::exception const& e) {
+    auto const* ours = dynamic_cast<error const*>(&e);
+    return ours ? ours->code() : std::make_error_code(std::errc::not_enough_memory);
+}
+
+/// Writes and waits.
+std::error_code write_now(file_writer::target& to, std::uint64_t offset, std::span<std::byte const> bytes) noexcept {
+    struct {
+        std::binary_semaphore done{0};
+        std::error_code outcome;
+    } wait;
+    to.write(offset, {bytes.data(), bytes.size()},
+             {[](void* context, std::error_code ec) noexcept {
+                  auto& w = *static_cast<decltype(wait)*>(context);
+                  w.outcome = ec;
+                  w.done.release();
+              },
+              &wait});
+    wait.done.acquire();
+    return wait.outcome;
+}
+
+}  // namespace
+
+void held_store::open() {
+    store_options options;
+    options.in_flight = 1;  // one save of a store is written at a time
+    options.keep = hello_.keep;
+    options.keep_every = hello_.keep_every;
+    options.prepare = hello_.prepare;
+    options.fresh = hello_.fresh;
+    options.overwrite = hello_.overwrite;
+    if (!hello_.made_by.empty()) options.made_by = hello_.made_by;
+    writer_ = make_file_writer(writes_at_once_);
+    for (auto const& r : regions_) slots_.push_back(writer_->register_memory(r.bytes()));
+    files_.emplace(path_, format_, layout_, image_.size_bytes, std::move(options));
+}
+
+void held_store::run() {
+    try {
+        open();
+    } catch (error const& e) {
+        hooks_.not_opened(e);
+        return;
+    } catch (std::exception const& e) {
+        hooks_.not_opened(error(std::make_error_code(std::errc::not_enough_memory), std::string("cannot open the store: ") + e.what()));
+        return;
+    }
+    std::unique_lock lock(mutex_);
+    open_ = true;
+    opened_store found;
+    found.credit_bytes = credit_;
+    if (auto const all = files_->checkpoints(); !all.empty()) {
+        found.durable_step = counts_.durable_step = all.front().step;
+        found.durable_sequence = counts_.durable_sequence = all.front().sequence;
+    }
+    hooks_.opened(found);
+    for (;;) {
+        if (work_on_current(lock)) continue;
+        if (!current_) {
+            if (auto const s = next_to_write()) {
+                start_writing(s, lock);
+                continue;
+            }
+            // What is left when the trainer has gone is being hashed, or kept for its bytes.
+            bool const idle = std::none_of(saves_.begin(), saves_.end(), [](auto const& s) { return s->phase == save_phase::receiving || s->phase == save_phase::crash_safe; });
+            if (gone_ && idle) break;
+        }
+        forget();
+        work_.wait(lock);
+    }
+    lock.unlock();
+    hasher_.request_stop();
+    hasher_.join();
+    std::unique_ptr<kept_image> kept;
+    if (keep_ && newest_ && keeps_newest_) {
+        kept = keep_in_memory(*newest_);
+        if (!kept && hooks_.log) hooks_.log(path_.string() + ": the newest checkpoint is not kept in memory: there is none left");
+    }
+    lock.lock();
+    open_ = false;
+    newest_ = nullptr;
+    saves_.clear();
+    lock.unlock();
+    files_.reset();  // and with it the lock
+    writer_.reset();
+    regions_.clear();
+    lease_ = {};
+    hooks_.ended(std::move(kept));
+}
+
+/// What is whole comes first, in its order; with `replace` there is but one. Else what is still coming in is written as it comes.
+held_store::save_ptr held_store::next_to_write() const {
+    for (auto const& s : saves_)
+        if (s->phase == save_phase::crash_safe && !s->error) return s;
+    for (auto const& s : saves_)
+        if (s->phase == save_phase::receiving && !s->error && s->arrived > 0) return s;
+    return nullptr;
+}
+
+/// Does the next thing for the save that is being written; false where there is none to do.
+bool held_store::work_on_current(std::unique_lock<std::mutex>& lock) {
+    if (!current_) return false;
+    auto& s = *current_;
+    if (s.error) {
+        if (s.in_flight > 0) return false;
+        discard(lock);
+        return true;
+    }
+    if (s.submitted < s.arrived && s.in_flight < writer_->queue_depth()) {
+        submit_next(lock);
+        return true;
+    }
+    if (s.phase != save_phase::crash_safe || s.written != s.blocks.size()) return false;
+    finish(lock);
+    return true;
+}
+
+void held_store::start_writing(save_ptr const& s, std::unique_lock<std::mutex>& lock) {
+    current_ = s;
+    lock.unlock();
+    std::error_code failed;
+    std::string why;
+    try {
+        auto file = files_->acquire();
+        s->file = file;
+        s->target = writer_->open({files_->folder(), file.name, image_.size_bytes});
+    } catch (std::exception const& e) {
+        failed = code_of(e);
+        why = e.what();
+    }
+    lock.lock();
+    if (failed) end(*s, failed, why);
+}
+
+void held_store::submit_next(std::unique_lock<std::mutex>& lock) {
+    auto& s = *current_;
+    auto& b = s.blocks[s.submitted++];
+    if (s.in_flight++ == 0) writing_since_ = std::chrono::steady_clock::now();
+    b.users += by_reference_ ? 2 : 1;
+    int const slot = by_reference_ ? slots_[b.region] : unregistered;
+    lock.unlock();
+    s.target->write(b.offset_bytes, {b.data, b.size_bytes, memory_kind::host, slot}, {&held_store::block_written, &b});
+    if (by_reference_) varve::detail::chunk_digests({b.data, b.size_bytes}, std::span(s.digests).subspan((b.offset_bytes - image_.header_bytes) / digest_chunk_bytes));
+    lock.lock();
+    if (!by_reference_) return;
+    --b.users;
+    b.hashed = true;
+    ++s.hashed;
+    free_if_it_may_go(s, b);
+    tell_if_over(s);
+}
+
+void held_store::block_written(void* context, std::error_code ec) noexcept {
+    auto& b = *static_cast<held_block*>(context);
+    auto& s = *b.save;
+    auto& self = *s.store;
+    std::lock_guard lock(self.mutex_);
+    if (--s.in_flight == 0) self.counts_.writing += std::chrono::steady_clock::now() - self.writing_since_;
+    --b.users;
+    if (ec) {
+        self.end(s, ec, "cannot write the save of step " + std::to_string(s.step) + ": " + ec.message());
+    } else {
+        b.written = true;
+        ++s.written;
+        self.counts_.bytes_written += b.size_bytes;
+    }
+    self.free_if_it_may_go(s, b);
+    self.tell_if_over(s);
+    // Woken under the lock: the save may be gone as soon as it is free.
+    self.work_.notify_one();
+}
+
+void held_store::discard(std::unique_lock<std::mutex>& lock) {
+    auto const s = current_;
+    lock.unlock();
+    s->target.reset();
+    if (s->file) files_->give_back(*std::exchange(s->file, std::nullopt), true);
+    lock.lock();
+    tell_if_over(*s);
+    current_ = nullptr;
+    forget();
+}
+
+void held_store::finish(std::unique_lock<std::mutex>& lock) {
+    auto const s = current_;
+    lock.unlock();
+    auto const since = std::chrono::steady_clock::now();
+    std::string why;
+    auto const outcome = write_and_commit(*s, why);
+    lock.lock();
+    counts_.writing += std::chrono::steady_clock::now() - since;
+    current_ = nullptr;
+    if (!outcome) {
+        ++counts_.durable;
+        counts_.durable_step = s->step;
+        counts_.durable_sequence = s->sequence;
+        s->phase = save_phase::durable;
+        tell(wire::durable{s->id, s->sequence});
+        hooks_.became_durable();
+        free_what_may_go(*s);
+    } else if (gone_ && newest_ == s && keeps_newest_) {
+        // Nobody is left to be told; memory is all that has it.
+        ++counts_.failed;
+        s->phase = save_phase::durable;
+        s->sequence = 0;
+    } else {
+        end(*s, outcome, why);
+    }
+    forget();
+    if (!outcome || !hooks_.log) return;
+    lock.unlock();
+    hooks_.log(path_.string() + ": " + why);
+    lock.lock();
+}
+
+std::error_code held_store::write_and_commit(held_save& s, std::string& why) {
+    std::error_code outcome;
+    bool synced = true;
+    try {
+        s.sequence = files_->next_sequence();
+        s.header = std::make_shared<varve::detail::aligned_bytes>(format_.header(layout_, image_, {s.step, s.sequence, s.metadata}, s.digests));
+        outcome = write_now(*s.target, 0, s.header->bytes());
+        if (!outcome) {
+            outcome = s.target->sync();
+            synced = !outcome;
+        }
+    } catch (std::exception const& e) {
+        outcome = code_of(e);
+        why = e.what();
+    }
+    s.target.reset();
+    auto file = *std::exchange(s.file, std::nullopt);
+    try {
+        if (outcome)
+            files_->give_back(std::move(file), synced);
+        else
+            outcome = files_->commit(std::move(file), s.step, s.sequence);
+    } catch (std::exception const& e) {
+        if (!outcome) outcome = code_of(e);
+    }
+    if (outcome && why.empty()) why = "cannot commit the save of step " + std::to_string(s.step) + ": " + outcome.message();
+    return outcome;
+}
+
+/// Blocks that came as payload are hashed as they come: the trainer's digests say whether they are what it sent.
+void held_store::hash_loop(std::stop_token stop) {
+    std::unique_lock lock(mutex_);
+    for (;;) {
+        if (!hash_work_.wait(lock, stop, [&] { return !to_hash_.empty(); })) return;
+        auto const [s, b] = std::move(to_hash_.front());
+        to_hash_.pop_front();
+        if (s->error) continue;
+        ++b->users;
+        lock.unlock();
+        varve::detail::chunk_digests({b->data, b->size_bytes}, std::span(s->digests).subspan((b->offset_bytes - image_.header_bytes) / digest_chunk_bytes));
+        lock.lock();
+        --b->users;
+        b->hashed = true;
+        ++s->hashed;
+        look_if_whole(s);
+        free_if_it_may_go(*s, *b);
+        tell_if_over(*s);
+        work_.notify_one();
+    }
+}
+
+/// Copies a whole save out of the pool, which is given back to the system piece by piece: never more is held than before.
+std::unique_ptr<kept_image> held_store::keep_in_memory(held_save& s) {
+    auto out = std::make_unique<kept_image>();
+    out->step = s.step;
+    out->durable = s.sequence != 0;
+    out->size_bytes = image_.size_bytes;
+    out->memory = {::memfd_create("varve-checkpoint", MFD_CLOEXEC | MFD_ALLOW_SEALING), system_calls::kernel()};
+    auto put = [&](std::span<std::byte const> bytes, std::uint64_t offset) {
+        while (!bytes.empty()) {
+            auto const n = ::pwrite(out->memory.get(), bytes.data(), bytes.size(), static_cast<off_t>(offset));
+            if (n < 0 && errno == EINTR) continue;
+            if (n <= 0) return false;
+            bytes = bytes.subspan(static_cast<std::size_t>(n));
+            offset += static_cast<std::uint64_t>(n);
+        }
+        return true;
+    };
+    try {
+        if (!out->memory || ::ftruncate(out->memory.get(), static_cast<off_t>(image_.size_bytes)) != 0) return nullptr;
+        if (!out->durable) {
+            s.sequence = files_->next_sequence();
+            s.header = std::make_shared<varve::detail::aligned_bytes>(format_.header(layout_, image_, {s.step, s.sequence, s.metadata}, s.digests));
+        }
+        out->sequence = s.sequence;
+        std::vector<std::vector<std::pair<std::size_t, std::size_t>>> kept(regions_.size());
+        for (auto const& b : s.blocks)
+            if (by_reference_) kept[b.region].emplace_back(b.region_offset, b.size_bytes);
+        for (std::size_t r = 0; r < regions_.size(); ++r) {
+            std::sort(kept[r].begin(), kept[r].end());
+            std::size_t at = 0;
+            for (auto [offset, size] : kept[r]) {
+                regions_[r].punch(at, offset - at);
+                at = offset + size;
+            }
+            regions_[r].punch(at, regions_[r].bytes().size() - at);
+        }
+        if (!put(s.header->bytes(), 0)) return nullptr;
+        for (auto& b : s.blocks) {
+            if (!put({b.data, b.size_bytes}, b.offset_bytes)) return nullptr;
+            if (by_reference_)
+                regions_[b.region].punch(b.region_offset, b.size_bytes);
+            else
+                b.own.reset();
+        }
+    } catch (std::exception const&) {
+        return nullptr;
+    }
+    ::fcntl(out->memory.get(), F_ADD_SEALS, F_SEAL_WRITE | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL);
+    lease_.shrink(image_.size_bytes);
+    out->lease = std::move(lease_);
+    return out;
+}
+
+}  // namespace varve::asio::server

@@ -1,0 +1,284 @@
+#include <boost/test/unit_test.hpp>
+
+#include <functional>
+#include <random>
+
+#include "monitor_workplace.hpp"
+#include "support.hpp"
+
+namespace varve_test {
+
+namespace {
+
+/// Does what no trainer of ours does; the monitor must end that connection with the words, and serve the others as before.
+void ends_with(std::string const& words, std::function<void(raw_trainer&)> misbehave, std::size_t images = 2) {
+    workplace w;
+    auto good = w.trainer(1, "good");
+    good.greet();
+    good.set(1);
+    good.begin(1, 1);
+    good.send_block(1, 0, 0);
+    {
+        auto bad = w.trainer(images, "bad");
+        bad.greet();
+        bad.set(1);
+        misbehave(bad);
+        auto const why = bad.peer.refusal();
+        BOOST_TEST(has(why, words), why);
+        BOOST_TEST(!has(why, "\n"));
+    }
+    for (std::size_t i = 1; i < good.plans.size(); ++i) good.send_block(1, i, i);
+    good.commit(1);
+    good.peer.expect<wire::durable>();
+    BOOST_TEST(good.holds(w.file(1, "good"), 1));
+    BOOST_TEST(w.store_is_free("bad"));
+    auto after = w.trainer(1, "bad");
+    after.greet();
+    after.save(1, 1);
+    after.peer.expect<wire::durable>();
+    BOOST_TEST(after.holds(w.file(1, "bad"), 1));
+}
+
+template <class Message>
+std::vector<std::byte> frame(std::uint64_t number, Message const& m) {
+    std::vector<std::byte> bytes;
+    wire::frame_writer writer;
+    for (std::uint64_t i = 0; i <= number; ++i) {
+        bytes.clear();
+        writer.append(bytes, m);
+    }
+    return bytes;
+}
+
+}  // namespace
+
+BOOST_AUTO_TEST_CASE(a_block_that_cannot_be_ends_the_connection) {
+    auto ref = [](raw_trainer& t, std::uint64_t offset, std::uint32_t size, std::uint32_t region = 0, std::uint64_t at = 0) {
+        t.begin(1, 1);
+        t.peer.send(wire::block_ref{1, offset, size, region, at});
+    };
+    ends_with("where none can be", [&](auto& t) { ref(t, 0, 65536); });
+    ends_with("where none can be", [&](auto& t) { ref(t, t.layout.header_bytes + 1, 65536); });
+    ends_with("where none can be", [&](auto& t) { ref(t, t.layout.header_bytes, 1000); });
+    ends_with("where none can be", [&](auto& t) { ref(t, t.layout.header_bytes, 0); });
+    ends_with("where none can be", [&](auto& t) { ref(t, t.layout.size_bytes, 65536); });
+    ends_with("where none can be", [&](auto& t) { ref(t, ~std::uint64_t{0} - 65535, 65536); });
+    ends_with("outside of the pool", [&](auto& t) { ref(t, t.layout.header_bytes, 65536, 1); });
+    ends_with("outside of the pool", [&](auto& t) { ref(t, t.layout.header_bytes, 65536, 0, t.pool_bytes); });
+    ends_with("outside of the pool", [&](auto& t) { ref(t, t.layout.header_bytes, 65536, 0, t.pool_bytes - 65535); });
+    ends_with("outside of the pool", [&](auto& t) { ref(t, t.layout.header_bytes, 65536, 0, ~std::uint64_t{0}); });
+}
+
+BOOST_AUTO_TEST_CASE(what_comes_twice_ends_the_connection) {
+    ends_with("came before", [](auto& t) {
+        t.begin(1, 1);
+        t.send_block(1, 0, 0);
+        t.send_block(1, 0, 1);
+    });
+    ends_with("the monitor's already", [](auto& t) {
+        t.begin(1, 1);
+        t.send_block(1, 0, 0);
+        t.send_block(1, 1, 0);
+    });
+    ends_with("begun before", [](auto& t) {
+        t.begin(1, 1);
+        t.begin(1, 2);
+    });
+    ends_with("HELLO came before", [](auto& t) { t.peer.send(t.hello); });
+    ends_with("not under way", [](auto& t) {
+        t.save(1, 1);
+        t.commit(1);
+    });
+    // A frame that was seen already, number and all.
+    ends_with("where 1 comes next", [](auto& t) { t.peer.send_bytes(frame(0, wire::begin{1, 1})); });
+    ends_with("where 1 comes next", [](auto& t) { t.peer.send_bytes(frame(2, wire::begin{1, 1})); });
+}
+
+BOOST_AUTO_TEST_CASE(a_save_that_is_none_ends_the_connection) {
+    ends_with("not under way", [](auto& t) { t.send_block(1, 0, 0); });
+    ends_with("not under way", [](auto& t) { t.peer.send(wire::commit{9, {}, {}}); });
+    ends_with("lacks bytes", [](auto& t) {
+        t.begin(1, 1);
+        t.send_block(1, 0, 0);
+        t.commit(1);
+    });
+    ends_with("of step 0", [](auto& t) { t.begin(1, 0); });
+    ends_with("1 digests", [](auto& t) {
+        t.begin(1, 1);
+        t.send_blocks(1);
+        t.peer.send(wire::commit{1, {}, {0}});
+    });
+    ends_with("too many saves", [](auto& t) {
+        for (std::uint64_t i = 1; i < 2000; ++i) t.begin(i, i);
+    });
+}
+
+BOOST_AUTO_TEST_CASE(payload_and_references_are_not_mixed_and_credit_is_kept) {
+    ends_with("beside a pool", [](auto& t) {
+        t.begin(1, 1);
+        t.peer.send(wire::block_data{1, t.plans[0].offset_bytes, t.block(t.plans[0])});
+    });
+    ends_with("no pool", [](auto& t) {
+        t.begin(1, 1);
+        t.peer.send(wire::block_ref{1, t.plans[0].offset_bytes, static_cast<std::uint32_t>(t.plans[0].size_bytes), 0, 0});
+    }, 0);
+    ends_with("credit", [](auto& t) {
+        for (std::uint64_t i = 1; t.peer.write_error == std::error_code() && i < 10; ++i) {
+            t.begin(i, i);
+            for (std::size_t b = 0; b + 1 < t.plans.size(); ++b) t.send_block(i, b);
+        }
+    }, 0);
+}
+
+BOOST_AUTO_TEST_CASE(frames_of_another_protocol_end_the_connection) {
+    auto changed = [](std::size_t at, std::uint8_t value) {
+        return [=](raw_trainer& t) {
+            auto bytes = frame(1, wire::begin{1, 1});
+            bytes[at] = static_cast<std::byte>(value);
+            t.peer.send_bytes(bytes);
+        };
+    };
+    ends_with("VRV1", changed(0, 'H'));
+    ends_with("of type", changed(4, 99));
+    ends_with("of type", changed(4, static_cast<std::uint8_t>(wire::message::welcome)));
+    ends_with("what must be zero", changed(6, 1));
+    ends_with("what must be zero", changed(12, 1));
+    ends_with("bytes, type", changed(11, 0xFF));
+    ends_with("ends within", changed(8, 8));
+}
+
+BOOST_AUTO_TEST_CASE(a_hello_that_makes_no_sense_is_refused) {
+    auto refused = [](std::string const& words, std::function<void(raw_trainer&)> change) {
+        workplace w;
+        auto t = w.trainer(1);
+        change(t);
+        t.peer.send(t.hello, {t.memory.get()});
+        auto const why = t.peer.refusal();
+        BOOST_TEST(has(why, words), why);
+        BOOST_TEST(!std::filesystem::exists(w.folder.path() / "stores/run"));
+    };
+    refused("version", [](auto& t) { t.hello.version = 9; });
+    refused("format", [](auto& t) { t.hello.extension = ".pt"; });
+    refused("as large as its tensors", [](auto& t) { t.hello.image_bytes += 65536; });
+    refused("impossible shape", [](auto& t) { t.hello.layers[0].tensors[0].shape = {1 << 30, 1 << 30, 1 << 30, 1 << 30}; });
+    refused("impossible shape", [](auto& t) { t.hello.layers[0].tensors[0].shape = {-1}; });
+    refused("another way", [](auto& t) { t.hello.header_bytes -= 4096; t.hello.image_bytes -= 4096; });
+    refused("blocks of", [](auto& t) { t.hello.block_bytes = 1000; });
+    refused("blocks of", [](auto& t) { t.hello.block_bytes = 0; });
+    refused("a count", [](auto& t) { t.hello.in_flight = 0; });
+    refused("a count", [](auto& t) { t.hello.keep = 0; });
+    refused("descriptors", [](auto& t) { t.hello.region_bytes.push_back(4096); });
+    refused("another size", [](auto& t) { t.hello.region_bytes[0] /= 2; });
+    refused("of fixed size", [](auto& t) {
+        t.memory = {::memfd_create("open to change", MFD_CLOEXEC | MFD_ALLOW_SEALING), varve::system_calls::kernel()};
+        BOOST_TEST_REQUIRE(::ftruncate(t.memory.get(), static_cast<off_t>(t.pool_bytes)) == 0);
+    });
+    refused("of fixed size", [](auto& t) { t.memory = {::open("/dev/null", O_RDWR | O_CLOEXEC), varve::system_calls::kernel()}; });
+    refused("two tensors", [](auto& t) { t.hello.layers[1].tensors[0].name = "a.w"; });
+    refused("no name", [](auto& t) { t.hello.store = ""; });
+    refused("no name", [](auto& t) { t.hello.store = "a\nb"; });
+    refused("absolute path", [](auto& t) { t.hello.store = "../elsewhere"; });
+    refused("absolute path", [](auto& t) { t.hello.store = ".."; });
+}
+
+BOOST_AUTO_TEST_CASE(over_tcp_a_store_is_a_name_below_the_folder) {
+    workplace w(false);
+    for (std::string const& name : {std::string("/tmp/elsewhere"), std::string("a/b"), std::string(".."), std::string(300, 'x')}) {
+        auto t = w.trainer(0, name);
+        t.peer.send(t.hello);
+        BOOST_TEST(has(t.peer.refusal(), "must be a name below"));
+    }
+}
+
+BOOST_AUTO_TEST_CASE(over_a_unix_socket_a_store_may_stand_anywhere) {
+    workplace w;
+    auto t = w.trainer(1, (w.folder.path() / "elsewhere").string());
+    t.greet();
+    t.save(1, 1);
+    t.peer.expect<wire::durable>();
+    BOOST_TEST(t.holds(w.folder.path() / "elsewhere" / varve::detail::checkpoint_name(1, ".safetensors"), 1));
+}
+
+BOOST_AUTO_TEST_CASE(who_says_nothing_is_let_go_in_time) {
+    for (bool unix_socket : {true, false}) {
+        workplace w(unix_socket, [](auto& o) { o.hello_limit = 200ms; });
+        raw_peer silent(w.monitor->where());
+        BOOST_TEST(has(silent.refusal(), "no HELLO within 200 ms"));
+        // Half of a message is no message.
+        raw_peer half(w.monitor->where());
+        auto const bytes = frame(0, wire::status{});
+        half.send_bytes(std::span(bytes).first(7));
+        BOOST_TEST(has(half.refusal(), "no HELLO within 200 ms"));
+    }
+}
+
+BOOST_AUTO_TEST_CASE(a_peer_over_tcp_that_goes_silent_is_let_go_and_its_store_is_free) {
+    workplace w(false, [](auto& o) {
+        o.ping_every = 50ms;
+        o.silence_limit = 300ms;
+    });
+    auto t = w.trainer(0);
+    t.greet();
+    t.save(1, 1);
+    t.peer.expect<wire::durable>();
+    t.begin(2, 2);
+    t.send_block(2, 0);
+    // The socket stays open, as with a peer behind a network that is gone.
+    BOOST_TEST(w.store_is_free());
+    BOOST_TEST(has(t.peer.refusal(), "nothing was heard"));
+    BOOST_TEST(t.holds(w.file(1), 1));
+}
+
+BOOST_AUTO_TEST_CASE(a_receiver_that_stalls_holds_up_nobody) {
+    workplace w(false, [](auto& o) {
+        o.ping_every = 50ms;
+        o.silence_limit = 500ms;
+    });
+    auto t = w.trainer(0);
+    t.greet();
+    for (std::uint64_t i = 1; i <= 2; ++i) {
+        t.save(i, i);
+        t.peer.expect<wire::durable>();
+    }
+    // Asks for a checkpoint and reads nothing of it.
+    raw_peer stalled(w.monitor->where());
+    wire::hello hello;
+    hello.purpose = wire::purpose::fetch;
+    hello.store = "run";
+    stalled.send(hello);
+    stalled.expect<wire::welcome>();
+    stalled.send(wire::fetch{});
+    t.save(3, 3);
+    t.peer.expect<wire::durable>();
+    auto const others = [&] {
+        t.peer.hears_within(10ms);
+        return w.status()["connections"].get<int>();
+    };
+    for (int i = 0; i < 300 && others() > 1; ++i) {
+        t.save(static_cast<std::uint64_t>(4 + i), static_cast<std::uint64_t>(4 + i));
+        t.peer.expect<wire::durable>();
+    }
+    BOOST_TEST(others() == 1);
+}
+
+BOOST_AUTO_TEST_CASE(random_bytes_after_the_greeting_end_one_connection_each) {
+    workplace w;
+    std::mt19937 random(7);
+    for (int round = 0; round < (full() ? 2000 : 60); ++round) {
+        auto t = w.trainer(1, "bad" + std::to_string(round % 3));
+        if (round % 3 != 0) t.greet();
+        // A good frame with some bytes changed.
+        t.set(1);
+        std::vector<std::byte> bytes = round % 3 == 0 ? frame(0, t.hello) : round % 2 == 0 ? frame(1, wire::begin{1, 1}) : frame(1, wire::block_ref{1, t.layout.header_bytes, 65536, 0, 0});
+        for (int i = 0; i < 3; ++i) bytes[random() % std::min<std::size_t>(bytes.size(), 60)] = static_cast<std::byte>(random());
+        t.peer.send_bytes(bytes, {});
+        t.peer.hears_within(20ms);
+    }
+    auto good = w.trainer(1, "good");
+    good.greet();
+    good.save(1, 1);
+    good.peer.expect<wire::durable>();
+    BOOST_TEST(good.holds(w.file(1, "good"), 1));
+}
+
+}  // namespace varve_test

@@ -1,0 +1,69 @@
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "varve/asio/transport.hpp"
+
+namespace varve::asio {
+
+struct monitor_options {
+    /// Where stores stand that are asked for by name; over TCP every one is.
+    std::filesystem::path dir;
+    /// Where it listens, at least one.
+    std::vector<address> listen;
+    /// What TCP connections use; without it they are on loopback alone.
+    std::shared_ptr<tls_context const> tls;
+    /// How long the newest checkpoint stays in memory once its trainer has gone.
+    std::chrono::milliseconds linger{60'000};
+    /// The most that pools, blocks and lingering checkpoints may take together; a trainer that asks for more is refused.
+    std::uint64_t memory_limit_bytes = 0;
+    /// Ends by itself once a trainer has come and all have gone, lingering included.
+    bool once = false;
+    /// Writes from how many threads, or with which queue depth; 0: what suits the machine.
+    unsigned writes_at_once = 0;
+    /// Threads that serve connections.
+    unsigned threads = 2;
+    std::chrono::milliseconds hello_limit{5'000};     ///< for the first message
+    std::chrono::milliseconds ping_every{3'000};
+    std::chrono::milliseconds silence_limit{15'000};  ///< a peer over TCP that says nothing for so long is gone
+    /// Gets one line for what an operator wants to know; on any thread.
+    std::function<void(std::string const&)> log;
+};
+
+/// A process's part that owns stores and outlives the trainers that fill them.
+///
+/// Trainers connect, pass the memory of their staging pools or send blocks as payload, and the monitor writes and commits
+/// their checkpoints. What a trainer handed over whole is committed whatever becomes of it; what it did not is discarded.
+/// Afterwards the newest checkpoint lingers in memory, for a restart. The protocol is in wire.hpp and in the README.
+///
+///     varve::asio::monitor m({.dir = "checkpoints", .listen = {varve::asio::parse_address("unix:/run/varve")}, .memory_limit_bytes = 4u << 30});
+///     m.run();  // until stop()
+class monitor {
+public:
+    /// Listens from here on. Throws error: what listener throws.
+    explicit monitor(monitor_options options);
+    ~monitor();
+    monitor(monitor const&) = delete;
+    monitor& operator=(monitor const&) = delete;
+
+    /// Serves until stop(), or with `once` until nothing is left to do; returns when everything crash-safe is committed.
+    void run();
+    /// Takes no more from anybody, finishes what is crash-safe, and lets run() return. Thread-safe, at any time.
+    void stop() noexcept;
+    /// Where it listens, with the ports that the kernel chose.
+    std::vector<address> where() const;
+    /// What a STATUS message gets, as JSON; the keys are in the README. Thread-safe.
+    std::string status() const;
+
+private:
+    class impl;
+    std::shared_ptr<impl> impl_;
+};
+
+}  // namespace varve::asio

@@ -1,0 +1,105 @@
+#pragma once
+
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <system_error>
+
+#include "varve/asio/shared_pool.hpp"
+#include "varve/asio/transport.hpp"
+#include "varve/concepts/relaying_sink.hpp"
+#include "varve/concepts/sink.hpp"
+#include "varve/store.hpp"
+
+namespace varve::asio {
+
+namespace client {
+class relay;
+class relayed_save;
+}  // namespace client
+
+struct monitor_sink_options {
+    /// The staging's memory, where the monitor is on this host: blocks are then named and not sent.
+    std::shared_ptr<shared_pool> pool;
+    /// For the monitor's store: keep, keep_every, prepare, fresh, overwrite and made_by count.
+    store_options files{};
+    std::shared_ptr<tls_context const> tls{};  ///< over TCP; none: loopback alone
+    /// Starts a monitor where none can be reached, and returns once it may be tried again; empty: nobody does. Called on
+    /// the checkpointer's threads, one at a time.
+    std::function<void()> respawn{};
+    std::chrono::milliseconds connect_limit{5'000};   ///< for a connection, and for each message on its way
+    /// For the welcome: opening a store reads its newest checkpoints, and a monitor first finishes what an earlier connection left.
+    std::chrono::milliseconds welcome_limit{60'000};
+    std::chrono::milliseconds silence_limit{15'000};  ///< a monitor that pings, and then says nothing for so long, is lost
+    std::chrono::milliseconds retry_after{1'000};     ///< a monitor that could not be reached is not tried before
+};
+
+/// Hands checkpoints to a monitor, a process on this host or another that commits them and outlives this one.
+///
+/// On a Unix socket, with a staging in shared memory (see shared_pool), no byte of a tensor is sent: the monitor reads the
+/// staging's blocks where they are, and a block is filled again only once the monitor has let go of it. Elsewhere blocks
+/// are sent, as many at once as the monitor has room for. When the monitor is lost the saves in flight fail with
+/// errc::monitor_lost, the blocks come back, and training goes on; the next save finds, or has somebody start, another one.
+///
+///     auto pool = std::make_shared<varve::asio::shared_pool>(pool_bytes, block_bytes);
+///     varve::checkpointer ck(state, varve::host_staging(pool->memory(), block_bytes, pool), varve::async<2>{},
+///                            varve::asio::monitor_sink(varve::asio::parse_address("unix:/run/varve"), "/data/run", {.pool = pool}));
+class monitor_sink {
+public:
+    /// The open end of one save. Destroying one that was not handed over tells the monitor that it is not wanted.
+    class target_type {
+    public:
+        target_type(target_type&&) noexcept;
+        target_type& operator=(target_type&&) noexcept;
+        ~target_type();
+
+        void write(std::uint64_t offset_bytes, block const& b, completion done) noexcept;
+        /// The loan is kept until the monitor lets the block go; without one, or over TCP, the bytes are sent.
+        void write(std::uint64_t offset_bytes, block const& b, completion done, loan kept) noexcept;
+        /// Commits are the monitor's: errc::unsupported.
+        std::error_code sync() noexcept { return errc::unsupported; }
+        void hand_over(commit_values const& values, std::span<std::uint64_t const> chunk_digests, completion crash_safe, completion durable) noexcept;
+
+    private:
+        friend class monitor_sink;
+        explicit target_type(std::shared_ptr<client::relayed_save> save) noexcept;
+        std::shared_ptr<client::relayed_save> save_;
+    };
+
+    /// `store` is the folder of the checkpoints: a path on a Unix socket, a name below the monitor's own over TCP. Nothing is
+    /// connected yet.
+    monitor_sink(address where, std::string store, monitor_sink_options options = {});
+    monitor_sink(monitor_sink&&) noexcept;
+    monitor_sink& operator=(monitor_sink&&) noexcept;
+    /// Says goodbye. What the monitor has whole it commits all the same.
+    ~monitor_sink();
+
+    /// The slot of a region of the shared pool; `unregistered` for other memory and over TCP, where blocks are sent.
+    int register_memory(std::span<std::byte> region);
+    /// Connects. Throws what the monitor refuses the run with (errc::store_locked, mismatch, not_a_store, or the system's),
+    /// errc::monitor_lost where there is none.
+    void introduce(relayed_run const& run);
+    /// Whether blocks are sent: by reference the monitor hashes them.
+    bool takes_digests() const noexcept;
+    /// Begins a save; connects again if need be. Throws errc::monitor_lost.
+    target_type open(open_request const& r);
+
+    /// The newest checkpoint that the monitor has, in memory or on disk, on a connection of its own.
+    std::optional<fetched_checkpoint> fetch(std::optional<std::uint64_t> step, std::uint32_t skip);
+
+    sink_limits limits() const noexcept;
+    static constexpr bool accepts(memory_kind kind) noexcept { return kind != memory_kind::device; }
+    std::string describe() const;
+
+private:
+    std::unique_ptr<client::relay> relay_;
+};
+
+static_assert(relaying_sink<monitor_sink> && registering_sink<monitor_sink> && fetching_sink<monitor_sink>);
+
+}  // namespace varve::asio
