@@ -329,7 +329,11 @@ void training_state::parts::refresh(std::size_t layer, std::size_t run) {
     }
     for (auto& [generator, copy] : gpu_rngs) {
         std::lock_guard lock(generator.mutex());
-        copy.copy_(generator.get_state());
+        try {
+            copy.copy_(generator.get_state());
+        } catch (::c10::Error const&) {
+            throw error(errc::unsupported, "the state of a GPU's generator cannot be read now: the stream is being captured, or the GPU has failed");
+        }
     }
 }
 

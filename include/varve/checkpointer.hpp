@@ -162,6 +162,10 @@ public:
                     if (!pipeline_->is_announced(*job, l)) rest.push_back(l);
                 announce_to(job, rest, order);
                 if (auto ec = metadata_error(metadata)) pipeline_->abandon(job, ec);
+            } catch (error const& e) {
+                pipeline_->abandon(job, e.code());
+                pipeline_->seal(*job, {});
+                throw;
             } catch (...) {
                 // A hook has thrown: the save is lost, and the ones behind it are not to wait for it.
                 pipeline_->abandon(job, errc::state_changed);
