@@ -26,7 +26,7 @@ class relayed_save;
 struct monitor_sink_options {
     /// The staging's memory, where the monitor is on this host: blocks are then named and not sent.
     std::shared_ptr<shared_pool> pool;
-    /// For the monitor's store: keep, keep_every, prepare, fresh, overwrite and made_by count.
+    /// For the monitor's store: keep, keep_every, prepare, wait_until_prepared, fresh, overwrite and made_by count.
     store_options files{};
     std::shared_ptr<tls_context const> tls{};  ///< over TCP; none: loopback alone
     /// Starts a monitor where none can be reached, and returns once it may be tried again; empty: nobody does. Called on
