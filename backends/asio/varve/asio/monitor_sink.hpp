@@ -58,8 +58,9 @@ public:
         target_type& operator=(target_type&&) noexcept;
         ~target_type();
 
+        /// Sends the bytes; by reference it answers errc::unsupported, since the monitor reads blocks later.
         void write(std::uint64_t offset_bytes, block const& b, completion done) noexcept;
-        /// The loan is kept until the monitor lets the block go; without one, or over TCP, the bytes are sent.
+        /// By reference the loan is kept until the monitor lets the block go; else the bytes are sent, and it is given back.
         void write(std::uint64_t offset_bytes, block const& b, completion done, loan kept) noexcept;
         /// Commits are the monitor's: errc::unsupported.
         std::error_code sync() noexcept { return errc::unsupported; }
