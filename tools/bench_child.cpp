@@ -15,6 +15,7 @@
 #include "events_file.hpp"
 #include "measure.hpp"
 #include "methods.hpp"
+#include "monitor_process.hpp"
 #include "phase.hpp"
 #include "process.hpp"
 #include "progress.hpp"
@@ -65,6 +66,8 @@ public:
     json run() {
         auto trainer = make_trainer(settings_);
         auto const setup_start = clock::now();
+        if (entry_ && entry_->takes_monitor && (settings_.wants_monitor() || entry_->needs_monitor))
+            monitor_.emplace(settings_, store_, 0, [this](std::string const& line) { progress_.line(line); });
         auto method = start(*trainer, settings_.run.prepare != "none");
         double const setup_sec = seconds(clock::now() - setup_start);
         warm_up(*trainer);
@@ -86,6 +89,8 @@ public:
             // The first model's memory goes before the second one is built.
             method.reset();
             trainer.reset();
+            // What is measured next is a file's restore, but where only the monitor has the file.
+            if (monitor_ && !monitor_->is_external()) monitor_.reset();
             if (entry_->writes_files && recorder_.count(milestone::written) > 0) out["restore"] = restore(final_bits, newest);
         }
         if (events_ && events_->failure()) progress_.line("events were lost: " + events_->failure().message());
@@ -101,6 +106,7 @@ private:
         m.measure_waits = true;
         if (!prepare) m.prepare = prepare_mode::none;
         m.wait_for_preparation = prepare;
+        if (monitor_) m.monitor = monitor_->use();
         return entry_->start(t.training(), m);
     }
 
@@ -279,6 +285,7 @@ private:
     std::filesystem::path store_;
     progress progress_;
     method_entry const* entry_ = nullptr;
+    std::optional<monitor_of_run> monitor_;  ///< outlives the method
     save_recorder recorder_;
     std::optional<events_file> events_;
 #if VARVE_TOOL_WITH_CUDA_RUNTIME

@@ -29,6 +29,11 @@ void check_memory(settings const& s) {
 /// N in flight and K kept are N + K files, and one more while a kept one is replaced.
 std::uint64_t files_of_a_store(settings const& s) { return s.pccheck.max_async + s.run.keep; }
 
+bool runnable(std::string_view name) {
+    auto const& all = methods();
+    return std::any_of(all.begin(), all.end(), [&](auto const& m) { return m.name == name && m.missing.empty(); });
+}
+
 std::vector<planned_comparison> frequencies(given_settings const& given, std::vector<std::string>& notes, bool alone) {
     if (alone && given.has("checkpoint-freq"))
         throw usage_error("--scenario frequency goes through --checkpoint-freq 5, 10, 20 and 50 itself; leave the option out");
@@ -53,7 +58,10 @@ std::vector<planned_comparison> plan_bench(given_settings const& given, std::str
     if (scenario == "all") {
         for (std::string const one : {"small", "medium", "large"}) plan.push_back({resolve(given, one), one, "_" + one});
         for (auto& p : frequencies(given, notes, false)) plan.push_back(std::move(p));
-        notes.push_back("scenario monitor is left out: the monitor is not built yet");
+        if (runnable("layerwise-monitor"))
+            plan.push_back({resolve(given, "monitor"), "monitor", "_monitor"});
+        else
+            notes.push_back("scenario monitor is left out: the monitor is not built");
     } else if (scenario == "frequency") {
         plan = frequencies(given, notes, true);
     } else {

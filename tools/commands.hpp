@@ -9,6 +9,7 @@ namespace varve::tool {
 
 int bench(std::vector<std::string> const& args, std::ostream& out, std::ostream& err);
 int train(std::vector<std::string> const& args, std::ostream& out, std::ostream& err);
+int monitor(std::vector<std::string> const& args, std::ostream& out, std::ostream& err);
 int probe(std::vector<std::string> const& args, std::ostream& out, std::ostream& err);
 int ls(std::vector<std::string> const& args, std::ostream& out, std::ostream& err);
 int inspect(std::vector<std::string> const& args, std::ostream& out, std::ostream& err);

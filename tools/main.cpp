@@ -26,6 +26,7 @@ struct command {
 constexpr command commands[] = {
     {"bench", "train the guide's transformer with each method and compare", bench},
     {"train", "train with one method; killed at any moment and started again, it goes on", train},
+    {"monitor", "own stores for trainers, and outlive them", monitor},
     {"report", "write a report on results of bench", report},
     {"probe", "measure what a folder can take", probe},
     {"ls", "list the checkpoints of a store", ls},

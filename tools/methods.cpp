@@ -11,6 +11,7 @@
 #include "build_config.hpp"
 #include "errors.hpp"
 #include "varve/checkpointer.hpp"
+#include "varve/detail/store_folder.hpp"
 #include "varve/scheduling/async.hpp"
 #include "varve/scheduling/layerwise.hpp"
 #include "varve/scheduling/sync.hpp"
@@ -24,6 +25,7 @@
 #include "varve/uring/sink.hpp"
 #endif
 #if VARVE_TOOL_WITH_ASIO
+#include "varve/asio/monitor_sink.hpp"
 #include "varve/asio/sink.hpp"
 #endif
 #if VARVE_TOOL_WITH_CUDA
@@ -88,6 +90,26 @@ Order current_order() {
     return {};
 }
 
+/// The newest checkpoint in a folder that somebody else writes; empty if there is none.
+std::filesystem::path newest_in(std::filesystem::path const& folder) {
+    std::filesystem::path newest;
+    std::uint64_t sequence = 0;
+    safetensors const format;
+    std::error_code ignored;
+    for (auto const& entry : std::filesystem::directory_iterator(folder, ignored)) {
+        if (!detail::step_of_name(entry.path().filename().string(), format.extension())) continue;
+        file_descriptor fd(::open(entry.path().c_str(), O_RDONLY | O_CLOEXEC), system_calls::kernel());
+        if (!fd) continue;
+        try {
+            auto const found = format.identify(fd.get());
+            if (found.sequence > sequence) newest = entry.path();
+            sequence = std::max(sequence, found.sequence);
+        } catch (error const&) {
+        }
+    }
+    return newest;
+}
+
 /// A checkpointer behind running_method.
 template <class Checkpointer>
 class strategy final : public running_method {
@@ -128,14 +150,20 @@ public:
         if constexpr (requires { ck_.files(); }) {
             auto saved = ck_.files().checkpoints();
             if (!saved.empty()) return ck_.files().path() / saved.front().name;
+        } else {
+            return newest_in(monitors_store_);
         }
         return {};
     }
+
+    /// The folder that a monitor on this machine writes.
+    void monitors_store(std::filesystem::path folder) { monitors_store_ = std::move(folder); }
 
 private:
     static auto order() { return current_order<typename Checkpointer::order_type>(); }
 
     bool by_layer_;
+    std::filesystem::path monitors_store_;
     method_facts facts_;
     mutable Checkpointer ck_;
 };
@@ -176,6 +204,48 @@ std::unique_ptr<running_method> start_with(libtorch::training_state& training, m
     }
 }
 
+#if VARVE_TOOL_WITH_ASIO
+/// The same with a monitor in the store's place. The pool is memory that a monitor on this machine sees too; it holds two images,
+/// or three with `replace`, so that the newest stays there while the next one comes.
+template <class Staging, class Scheduling>
+std::unique_ptr<running_method> start_with_monitor(libtorch::training_state& training, method_settings const& s, Scheduling scheduling, method_facts facts,
+                                                   std::size_t writing_at_once) {
+    constexpr bool by_layer = Scheduling::copies == copy_moment::at_layer_ready;
+    constexpr bool pinned = Staging::memory == memory_kind::pinned;
+    std::uint64_t block_bytes = pinned ? std::uint64_t{32} << 20 : std::uint64_t{8} << 20;
+    if (by_layer && s.buffer_bytes != 0)
+        block_bytes = std::clamp<std::uint64_t>(s.buffer_bytes / block_unit_bytes * block_unit_bytes, block_unit_bytes, block_bytes);
+    auto const image_bytes = safetensors{}.lay_out(training.state()).size_bytes;
+    std::uint64_t const images = s.busy == when_busy::replace ? 3 : 2;
+    auto const wanted = s.pool_bytes != 0 ? s.pool_bytes : images * ((image_bytes + block_bytes - 1) / block_bytes) * block_bytes;
+    auto const pool_bytes = std::min(wanted, largest_pool_bytes());
+    auto const where = asio::parse_address(s.monitor->address);
+    asio::monitor_sink_options sink_options;
+    sink_options.files = store_options_of(s);
+    sink_options.respawn = s.monitor->respawn;
+    if (!s.monitor->certificate.empty())
+        sink_options.tls = asio::load_tls({s.monitor->certificate, s.monitor->key, s.monitor->authority}, false);
+    if (where.is_unix()) sink_options.pool = std::make_shared<asio::shared_pool>(pool_bytes, block_bytes);
+    auto staging = [&] {
+        auto const& pool = sink_options.pool;
+#if VARVE_TOOL_WITH_CUDA
+        if constexpr (pinned) {
+            cuda::pinned_staging_options const options{.snapshots = s.snapshots, .measure_waits = s.measure_waits};
+            return pool ? Staging(pool->memory(), block_bytes, pool, options) : Staging(pool_bytes, block_bytes, options);
+        } else
+#endif
+            return pool ? Staging(pool->memory(), block_bytes, pool) : Staging(pool_bytes, block_bytes);
+    }();
+    facts.writing_at_once = writing_at_once;
+    facts.digest_workers = digest_workers(s);
+    using strategy_type = strategy<checkpointer<Staging, Scheduling, asio::monitor_sink>>;
+    auto out = std::make_unique<strategy_type>(by_layer, std::move(facts), training.state(), std::move(staging), scheduling,
+                                               asio::monitor_sink(where, s.monitor->store, std::move(sink_options)), checkpointer_options_of(s, writing_at_once));
+    if (where.is_unix()) out->monitors_store(s.monitor->store);
+    return out;
+}
+#endif
+
 template <class Staging, class Sink>
 std::unique_ptr<running_method> start_staging(libtorch::training_state& training, method_settings const& s, std::string_view scheduling, Sink sink,
                                               std::string const& sink_name, bool all_write) {
@@ -185,6 +255,17 @@ std::unique_ptr<running_method> start_staging(libtorch::training_state& training
                         std::string(scheduling) + "+" + sink_name;
     facts.writer_threads = sink_name == "posix" || sink_name == "cufile" ? std::max(1u, s.num_threads) : 0;
     auto n = std::max<std::size_t>(1, s.max_async);
+#if VARVE_TOOL_WITH_ASIO
+    if constexpr (file_sink<Sink> && Staging::memory != memory_kind::device) {
+        if (s.monitor) {
+            facts.combination = facts.combination.substr(0, facts.combination.rfind('+')) + "+monitor";
+            facts.writer_threads = 0;
+            if (scheduling == "sync") return start_with_monitor<Staging>(training, s, sync{}, std::move(facts), 1);
+            if (scheduling == "async") return start_with_monitor<Staging>(training, s, async<dynamic>(n), std::move(facts), all_write ? n : 1);
+            return start_with_monitor<Staging>(training, s, layerwise<dynamic>(n), std::move(facts), 1);
+        }
+    }
+#endif
     if (scheduling == "sync") return start_with<Staging>(training, s, sync{}, std::move(sink), std::move(facts), 1);
     if (scheduling == "async") return start_with<Staging>(training, s, async<dynamic>(n), std::move(sink), std::move(facts), all_write ? n : 1);
     return start_with<Staging>(training, s, layerwise<dynamic>(n), std::move(sink), std::move(facts), 1);
@@ -296,6 +377,7 @@ method_entry combination(std::string const& staging, std::string const& scheduli
         e.missing = "the sink " + sink + " does not take GPU memory; take gds+" + scheduling + "+cufile, which writes files, or gds+" + scheduling + "+null";
     if (e.missing.empty()) e.missing = missing_part(sink);
     e.writes_files = sink != "null" && sink != "memory";
+    e.takes_monitor = e.writes_files && staging != "gds" && VARVE_TOOL_WITH_ASIO;
 #if VARVE_TOOL_WITH_TORCH
     e.start = [staging = suits ? std::string() : staging, scheduling, sink](libtorch::training_state& training, method_settings s) {
         return start_combination(training, s, staging, scheduling, sink);
@@ -318,11 +400,13 @@ std::vector<method_entry> make_methods() {
     auto const posix = combination("host", "sync", "posix");
     [[maybe_unused]] auto* traditional =
         documented("traditional", "Traditional PyTorch Checkpoint", "torch.save: one thread, into the page cache, everything stops", posix);
+    traditional->takes_monitor = false;
 #if VARVE_TOOL_WITH_TORCH && VARVE_TOOL_WITH_POSIX
     traditional->start = [](libtorch::training_state& t, method_settings s) { return start_traditional(t, s, s.durable_traditional); };
 #endif
     [[maybe_unused]] auto* durable =
         documented("traditional-durable", "Traditional PyTorch Checkpoint (durable)", "the same with fsync and rename", posix);
+    durable->takes_monitor = false;
 #if VARVE_TOOL_WITH_TORCH && VARVE_TOOL_WITH_POSIX
     durable->start = [](libtorch::training_state& t, method_settings s) { return start_traditional(t, s, true); };
 #endif
@@ -332,6 +416,16 @@ std::vector<method_entry> make_methods() {
     original->start = [](libtorch::training_state& t, method_settings s) { return start_scheduling(t, s, "", "async", posix_sink(s), "posix", true); };
 #endif
     documented("layerwise", "Layerwise PCCheck (Improved)", "each layer leaves as the optimizer updates it", combination("host", "layerwise", "io_uring", true));
+    // What --use-monitor does to the two, as methods of their own: a comparison has them side by side.
+    for (std::size_t i : {2, 3}) {
+        auto with = all[i];
+        with.name += "-monitor";
+        with.result_key = with.result_key + ", monitor";
+        with.description += "; a monitor owns the store";
+        with.needs_monitor = true;
+        if (!with.takes_monitor && with.missing.empty()) with.missing = "the monitor is not built: it needs the backend asio (Boost 1.78 or newer, and liburing)";
+        all.push_back(std::move(with));
+    }
     for (std::string staging : {"host", "pinned", "gds"})
         for (std::string scheduling : {"sync", "async", "layerwise"})
             for (std::string sink : {"null", "memory", "posix", "io_uring", "asio", "cufile"})

@@ -21,6 +21,14 @@ class training_state;
 
 namespace varve::tool {
 
+/// A monitor that owns the store in the method's place.
+struct monitor_use {
+    std::string address;  ///< unix:PATH or tcp:HOST:PORT
+    std::string store;    ///< what the monitor calls the store: its path, over TCP a name
+    std::string certificate, key, authority;  ///< PEM files; empty: TCP on loopback alone
+    std::function<void()> respawn;            ///< starts another monitor where none can be reached; may be empty
+};
+
 /// What a method is built from; sizes in bytes, 0 for the method's own default.
 struct method_settings {
     std::filesystem::path dir;          ///< the store, for methods that write files
@@ -41,6 +49,7 @@ struct method_settings {
     bool measure_waits = false;         ///< GPU time in waits goes into stalls(), where there is a GPU
     bool durable_traditional = false;   ///< set by the entry `traditional-durable`
     observer_list observers;
+    std::shared_ptr<monitor_use const> monitor;  ///< null: none; for entries that take one
 };
 
 /// What took effect, for the result's `config`.
@@ -87,6 +96,8 @@ struct method_entry {
     std::string description;  ///< one line for --list
     std::string missing;      ///< why it cannot run in this build or on this machine; empty if it can
     bool writes_files = true; ///< false: null and memory sinks; `train` refuses these
+    bool takes_monitor = false;  ///< whether a monitor can own its store
+    bool needs_monitor = false;  ///< it is a comparison's "with the monitor"
     std::function<std::unique_ptr<running_method>(libtorch::training_state&, method_settings)> start;
 };
 

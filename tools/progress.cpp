@@ -9,11 +9,13 @@ namespace varve::tool {
 
 void progress::step(std::uint64_t step, std::uint64_t steps, float loss) {
     if (!terminal_) return;
+    std::lock_guard lock(mutex_);
     err_ << "\r\033[K" << label_ << "  step " << step << " of " << steps << ", loss " << short_number(static_cast<double>(loss), 4) << std::flush;
     drawn_ = true;
 }
 
 void progress::line(std::string const& text) {
+    std::lock_guard lock(mutex_);
     clear();
     err_ << label_ << "  " << text << '\n' << std::flush;
 }

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <mutex>
 #include <ostream>
 #include <string>
 
@@ -22,6 +23,7 @@ private:
 
     std::ostream& err_;
     bool terminal_;
+    std::mutex mutex_;  ///< lines come from other threads too
     bool drawn_ = false;
     std::string label_;
 };

@@ -7,7 +7,9 @@
 #include <yaml-cpp/yaml.h>
 #include <boost/program_options.hpp>
 
+#include "build_config.hpp"
 #include "errors.hpp"
+#include "methods.hpp"
 #include "settings_options.hpp"
 #include "trainer.hpp"
 
@@ -135,9 +137,10 @@ void apply_scenario(settings& s, std::string const& scenario) {
         s.pccheck.num_threads = 16;
     } else if (scenario == "frequency") {
         s.run.methods = {"layerwise"};
+    } else if (scenario == "monitor") {
+        s.run.methods = {"layerwise", "layerwise-monitor"};
     } else if (!scenario.empty() && scenario != "medium" && scenario != "all") {
-        throw usage_error(scenario == "monitor" ? "--scenario monitor: the monitor is not built yet"
-                                                : "--scenario '" + scenario + "': must be small, medium, large, frequency or all");
+        throw usage_error("--scenario '" + scenario + "': must be small, medium, large, frequency, monitor or all");
     }
 }
 
@@ -181,8 +184,25 @@ settings resolve(given_settings const& given, std::string const& scenario) {
     return s;
 }
 
+namespace {
+
+void check_monitor(settings const& s, settings_command command) {
+    auto const given = int(!s.run.cert.empty()) + int(!s.run.key.empty()) + int(!s.run.ca.empty());
+    if (given != 0 && given != 3) throw usage_error("--cert, --key and --ca go together: TLS shows a certificate on both sides");
+    if (given != 0 && s.run.monitor.empty()) throw usage_error("--cert, --key and --ca go with --monitor tcp:HOST:PORT");
+    if (!s.wants_monitor()) return;
+    char const* option = s.run.monitor.empty() ? "--use-monitor" : "--monitor";
+    if (!VARVE_TOOL_WITH_ASIO)
+        throw usage_error(std::string(option) + ": the monitor is not built; install Boost 1.78 or newer and liburing, and build again");
+    if (command != settings_command::train || s.command.method.empty()) return;
+    if (s.command.method != "none" && !runnable_method(s.command.method).takes_monitor)
+        throw usage_error(std::string(option) + ": " + s.command.method + " cannot go through a monitor; take original, layerwise, or a combination with a file sink");
+}
+
+}  // namespace
+
 void check_settings(settings const& s, settings_command command) {
-    if (s.pccheck.use_monitor) throw usage_error("--use-monitor: the monitor is not built yet; leave it out");
+    check_monitor(s, command);
     chosen_update(s);  // throws for what this LibTorch does not have
     if (chosen_device(s) != "cuda" && s.run.gpu_snapshot == "on")
         throw usage_error("--gpu-snapshot on: there is no CUDA in this run; leave it at auto or off");

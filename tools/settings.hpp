@@ -58,6 +58,9 @@ struct run_settings {
     std::string checkpoint_dir;  ///< empty: OUTPUT_DIR/checkpoints
     bool keep_checkpoints = false;
     std::string events;
+    std::string monitor;         ///< where a running one is; empty: --use-monitor starts one
+    std::string cert, key, ca;   ///< for one over TCP
+    std::uint64_t linger = 60;   ///< of one that is started here, in seconds
 };
 
 /// What only `train` has, and what is given on the command line alone.
@@ -79,6 +82,7 @@ struct settings {
     run_settings run;
     command_settings command;
 
+    bool wants_monitor() const { return pccheck.use_monitor || !run.monitor.empty(); }
     std::filesystem::path checkpoint_dir() const {
         return run.checkpoint_dir.empty() ? std::filesystem::path(run.output_dir) / "checkpoints" : std::filesystem::path(run.checkpoint_dir);
     }

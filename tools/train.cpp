@@ -8,6 +8,7 @@
 #include "events_file.hpp"
 #include "measure.hpp"
 #include "methods.hpp"
+#include "monitor_process.hpp"
 #include "phase.hpp"
 #include "progress.hpp"
 #include "settings.hpp"
@@ -46,6 +47,8 @@ public:
 
     int run() {
         auto trainer = make_trainer(settings_);
+        if (settings_.wants_monitor() || entry_.needs_monitor)
+            monitor_.emplace(settings_, settings_.command.dir, settings_.run.linger, [this](std::string const& line) { progress_.line(line); });
         auto method = start(*trainer);
         auto const first = restore(*trainer, *method) + 1;
         auto const last = settings_.training.num_steps;
@@ -59,7 +62,8 @@ public:
         if (events_ && events_->failure()) progress_.line("events were lost: " + events_->failure().message());
         auto const outcome = last_save_->durable().wait();
         if (outcome) throw error(outcome, "the last save, of step " + std::to_string(last_save_->step()) + ", failed: " + outcome.message());
-        auto const path = method->newest_path().string();
+        auto path = method->newest_path().string();
+        if (path.empty()) path = "the monitor's store at " + settings_.run.monitor;
         if (stopped_at)
             throw interrupted("stopped after step " + std::to_string(*stopped_at) + " of " + std::to_string(last) + ", saved in " + path +
                               "; the same command goes on from there");
@@ -74,6 +78,7 @@ private:
         m.made_by = "varve train";
         m.fresh = settings_.command.fresh;
         m.overwrite = settings_.command.overwrite;
+        if (monitor_) m.monitor = monitor_->use();
         return entry_.start(t.training(), m);
     }
 
@@ -129,6 +134,7 @@ private:
 
     settings settings_;
     method_entry const& entry_;
+    std::optional<monitor_of_run> monitor_;
     std::ostream& out_;
     progress progress_;
     save_recorder recorder_;

@@ -252,11 +252,16 @@ BOOST_AUTO_TEST_CASE(what_is_on_loan_is_not_filled_again_until_it_comes_back) {
     auto second = [&] {
         std::optional<varve::ticket> t;
         std::jthread later([&] {
-            std::this_thread::sleep_for(50ms);
-            std::lock_guard lock(to->mutex);
-            BOOST_TEST(to->saves.size() == 2u);
-            BOOST_TEST(to->saves[1]->loans.size() == per_save);
-            kept.swap(to->saves[1]->loans);
+            for (int i = 0; i < 30'000; ++i) {
+                {
+                    std::lock_guard lock(to->mutex);
+                    if (to->saves.size() == 2 && to->saves[1]->loans.size() == per_save) {
+                        kept.swap(to->saves[1]->loans);
+                        return;
+                    }
+                }
+                std::this_thread::sleep_for(1ms);
+            }
         });
         t = r.save(2);
         return *t;

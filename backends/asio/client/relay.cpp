@@ -61,6 +61,7 @@ void relay::introduce(relayed_run const& run) {
     hello_.prepare = options_.files.prepare;
     hello_.fresh = options_.files.fresh;
     hello_.overwrite = options_.files.overwrite;
+    hello_.wait_until_prepared = options_.files.wait_until_prepared;
     if (by_reference_)
         for (auto const& r : options_.pool->regions()) hello_.region_bytes.push_back(r.memory.size());
     install(greet(reach()));

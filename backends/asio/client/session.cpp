@@ -158,8 +158,11 @@ std::shared_ptr<relayed_save> session::begin(std::uint64_t id, std::uint64_t ste
 void session::write(std::uint64_t id, std::uint64_t offset_bytes, block const& b, completion done, loan kept) noexcept {
     std::error_code failed;
     try {
-        if (kept && b.slot >= 0 && static_cast<std::size_t>(b.slot) < settings_.regions.size())
+        bool const in_pool = b.slot >= 0 && static_cast<std::size_t>(b.slot) < settings_.regions.size();
+        if (kept && in_pool)
             failed = lend(id, offset_bytes, b, std::move(kept));
+        else if (!settings_.regions.empty())
+            failed = errc::unsupported;  // the monitor reads the pool's blocks later, and no others
         else if (send(id, offset_bytes, b, done, std::move(kept)))
             return;
         else

@@ -42,6 +42,7 @@ void held_store::open() {
     options.prepare = hello_.prepare;
     options.fresh = hello_.fresh;
     options.overwrite = hello_.overwrite;
+    options.wait_until_prepared = hello_.wait_until_prepared;
     if (!hello_.made_by.empty()) options.made_by = hello_.made_by;
     writer_ = make_file_writer(writes_at_once_);
     for (auto const& r : regions_) slots_.push_back(writer_->register_memory(r.bytes()));

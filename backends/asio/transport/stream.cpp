@@ -25,7 +25,7 @@ namespace {
 class connection : public std::enable_shared_from_this<connection> {
 public:
     connection(boost::asio::any_io_executor executor, int domain, file_descriptor descriptor, std::unique_ptr<socket_io> io)
-        : socket_(executor), io_(std::move(io)) {
+        : socket_(executor), io_(std::move(io)), is_tcp_(domain != AF_UNIX) {
         socket_.assign(boost::asio::generic::stream_protocol(domain, IPPROTO_IP), descriptor.get());
         descriptor.release();
     }
@@ -87,6 +87,15 @@ private:
         boost::asio::post(socket_.get_executor(), [self = shared_from_this(), next] { (*self.*next)({}); });
     }
 
+    /// Waking for every packet of a large block costs more than the packet: TCP is told how many bytes are worth it. TLS may
+    /// hold some of them already, a record at most. Source: SO_RCVLOWAT in socket(7).
+    void wake_for(std::size_t bytes) {
+        constexpr std::size_t record_bytes = 20u << 10, most_bytes = 256u << 10;
+        int const wanted = bytes > 2 * record_bytes ? static_cast<int>(std::min(bytes - record_bytes, most_bytes)) : 1;
+        if (!is_tcp_ || wanted == low_water_) return;
+        if (::setsockopt(socket_.native_handle(), SOL_SOCKET, SO_RCVLOWAT, &wanted, sizeof wanted) == 0) low_water_ = wanted;
+    }
+
     void read_again(boost::system::error_code ec) { ec ? end_read(ec, false) : go_on_reading(false); }
     void write_again(boost::system::error_code ec) { ec ? end_write(ec, false) : go_on_writing(false); }
 
@@ -100,7 +109,7 @@ private:
                 read_.count += got.bytes;
                 turn += got.bytes;
                 break;
-            case outcome::wants_read:
+            case outcome::wants_read: wake_for(read_.least - std::min(read_.least, read_.count)); [[fallthrough]];
             case outcome::wants_write: return wait(got.what, &connection::read_again);
             case outcome::end: return end_read(boost::system::error_code(boost::asio::error::eof), inside);
             case outcome::failed: return end_read(got.error, inside);
@@ -140,6 +149,8 @@ private:
     boost::asio::generic::stream_protocol::socket socket_;
     std::unique_ptr<socket_io> io_;
     bool closed_ = false;
+    bool const is_tcp_;
+    int low_water_ = 1;
     reading read_;
     writing write_;
 };

@@ -65,7 +65,8 @@ concept fetch = requires(S& s, std::optional<std::uint64_t> step, std::uint32_t 
 ///     varve::error where no checkpoint of this run will be taken;
 ///  2. `takes_digests()` is noexcept and says, from then on, whether it wants the trainer to hash;
 ///  3. its target's `write(offset_bytes, block, completion, loan)` is as write without a loan, but the block's bytes stay
-///     valid and unchanged for as long as the sink keeps the loan, even after the completion;
+///     valid and unchanged for as long as the sink keeps the loan, even after the completion. A sink that takes no digests
+///     may refuse a block that is not lent, or not in memory that it registered, with errc::unsupported;
 ///  4. its target's `hand_over(commit values, chunk digests, crash_safe, durable)` is noexcept, called once after every byte
 ///     but the header's was written, and returns at once. What it was given is copied. The sequence is the receiver's to choose;
 ///  5. both completions are called exactly once, crash_safe first, on any thread, even inside hand_over: crash_safe when

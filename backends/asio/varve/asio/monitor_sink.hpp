@@ -26,7 +26,7 @@ class relayed_save;
 struct monitor_sink_options {
     /// The staging's memory, where the monitor is on this host: blocks are then named and not sent.
     std::shared_ptr<shared_pool> pool;
-    /// For the monitor's store: keep, keep_every, prepare, fresh, overwrite and made_by count.
+    /// For the monitor's store: keep, keep_every, prepare, wait_until_prepared, fresh, overwrite and made_by count.
     store_options files{};
     std::shared_ptr<tls_context const> tls{};  ///< over TCP; none: loopback alone
     /// Starts a monitor where none can be reached, and returns once it may be tried again; empty: nobody does. Called on
@@ -58,8 +58,9 @@ public:
         target_type& operator=(target_type&&) noexcept;
         ~target_type();
 
+        /// Sends the bytes; by reference it answers errc::unsupported, since the monitor reads blocks later.
         void write(std::uint64_t offset_bytes, block const& b, completion done) noexcept;
-        /// The loan is kept until the monitor lets the block go; without one, or over TCP, the bytes are sent.
+        /// By reference the loan is kept until the monitor lets the block go; else the bytes are sent, and it is given back.
         void write(std::uint64_t offset_bytes, block const& b, completion done, loan kept) noexcept;
         /// Commits are the monitor's: errc::unsupported.
         std::error_code sync() noexcept { return errc::unsupported; }

@@ -67,6 +67,7 @@ struct hello {
     prepare_mode prepare = prepare_mode::write;
     bool fresh = false;
     bool overwrite = false;
+    bool wait_until_prepared = false;  ///< WELCOME comes once every slot was written
     std::vector<std::uint64_t> region_bytes;
 
     static void fields(auto& m, auto& io) {
@@ -76,7 +77,7 @@ struct hello {
         io.choice(m.busy, 2);
         io(m.keep, m.keep_every);
         io.choice(m.prepare, 2);
-        io(m.fresh, m.overwrite, m.region_bytes);
+        io(m.fresh, m.overwrite, m.wait_until_prepared, m.region_bytes);
     }
 };
 
