@@ -59,7 +59,7 @@ public:
 
     std::size_t count() const noexcept { return lanes_.size(); }
 
-    void submit(detail::file_transfer const& what) noexcept {
+    void submit(varve::detail::file_transfer const& what) noexcept {
         if (queue_.push(what, piece_bytes_) == 0) return what.done(std::make_error_code(std::errc::not_enough_memory));
         if (woken_.exchange(true)) return;
         try {
@@ -70,7 +70,7 @@ public:
         }
     }
 
-    detail::seen_write_mode mode;
+    varve::detail::seen_write_mode mode;
 
 private:
     using file_type = boost::asio::basic_random_access_file<boost::asio::io_context::executor_type>;
@@ -79,7 +79,7 @@ private:
         explicit lane(boost::asio::io_context& context) : file(context) {}
 
         file_type file;
-        detail::file_piece piece;
+        varve::detail::file_piece piece;
         handler_memory memory;
 
         /// The descriptor is the target's, and stays open.
@@ -175,7 +175,7 @@ private:
         auto offset = static_cast<std::uint64_t>(p.offset());
         try {
             l.hold(p.fd());
-            if (p.request->what.way == detail::transfer::write)
+            if (p.request->what.way == varve::detail::transfer::write)
                 l.file.async_write_some_at(offset, boost::asio::const_buffer(p.data(), size), transferred{shared_from_this(), &l});
             else
                 l.file.async_read_some_at(offset, boost::asio::mutable_buffer(p.data(), size), transferred{shared_from_this(), &l});
@@ -197,7 +197,7 @@ private:
     boost::asio::io_context& context_;
     system_calls& calls_;
     std::size_t const piece_bytes_;
-    detail::file_request_queue queue_;
+    varve::detail::file_request_queue queue_;
     std::atomic<bool> woken_ = false;  ///< a wake_up is posted and has not begun
     handler_memory wake_memory_;
     std::vector<std::unique_ptr<lane>> lanes_;

@@ -43,7 +43,7 @@ struct sink_options {
 ///     }
 class sink {
 public:
-    using target_type = detail::file_target<file_lanes>;
+    using target_type = varve::detail::file_target<file_lanes>;
     static constexpr bool writes_files = true;
 
     /// Throws error: errc::unsupported where the kernel refuses io_uring, else the system's code.
@@ -53,10 +53,10 @@ public:
     static std::error_code available() noexcept { return file_lanes::available(); }
 
     /// Throws error with the system's code when the file cannot be opened or sized.
-    target_type open(open_request const& r) { return {detail::open_file(r, engine_->lanes->mode, *options_.calls), *engine_->lanes}; }
+    target_type open(open_request const& r) { return {varve::detail::open_file(r, engine_->lanes->mode, *options_.calls), *engine_->lanes}; }
 
     sink_limits limits() const noexcept {
-        auto alignment = options_.direct == direct_io::automatic ? detail::direct_alignment : 1;
+        auto alignment = options_.direct == direct_io::automatic ? varve::detail::direct_alignment : 1;
         return {alignment, alignment, alignment, options_.block_bytes, engine_->lanes->count()};
     }
 
