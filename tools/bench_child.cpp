@@ -11,6 +11,7 @@
 
 #include "varve/detail/digest.hpp"
 
+#include "checkpoint_file.hpp"
 #include "errors.hpp"
 #include "events_file.hpp"
 #include "measure.hpp"
@@ -250,11 +251,20 @@ private:
         ::posix_fadvise(file.get(), 0, 0, POSIX_FADV_DONTNEED);
     }
 
+    /// A restore does not: what the cache lacks it reads past it.
+    static void fill_page_cache(std::filesystem::path const& path) {
+        file_descriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC), system_calls::kernel());
+        std::vector<std::byte> piece(std::size_t{4} << 20);
+        while (file && ::read(file.get(), piece.data(), piece.size()) > 0) {
+        }
+    }
+
     json restore(std::vector<std::pair<std::string, std::string>> const& final_bits, std::filesystem::path const& newest) {
         auto trainer = make_trainer(settings_);
         auto method = start(*trainer, false);
         restore_options options;
-        options.workers = std::max(1u, method->facts().digest_workers);
+        // Training does not run beside it: every core may read and hash.
+        options.workers = reading_workers();
         drop_pages(newest);
         auto const cold_start = clock::now();
         auto const restored = method->restore(std::nullopt, options);
@@ -262,8 +272,7 @@ private:
         if (!restored) throw error(errc::no_checkpoint, store_.string() + " has no whole checkpoint after the run");
         std::error_code ignored;
         auto const bytes = static_cast<double>(std::filesystem::file_size(restored->path, ignored));
-        // The cold read may have gone past the page cache: this one fills it, so that the last one is warm.
-        method->restore(restored->step, options);
+        fill_page_cache(newest);
         auto const warm_start = clock::now();
         method->restore(restored->step, options);
         auto const warm_sec = seconds(clock::now() - warm_start);

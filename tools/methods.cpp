@@ -132,8 +132,8 @@ public:
     bool waits_at_seal() const override { return Checkpointer::waits_at_seal; }
     ticket begin(std::uint64_t step) override { return ck_.begin(step); }
     void before_update() override { ck_.before_update_all(order()); }
-    void before_update(std::size_t layer) override { ck_.before_update(layer, order()); }
-    void layer_ready(std::size_t layer) override { ck_.layer_ready(layer, order()); }
+    void before_update_of(std::size_t first, std::size_t last) override { ck_.before_update_of(first, last, order()); }
+    void layers_ready(std::size_t first, std::size_t last) override { ck_.layers_ready(first, last, order()); }
     ticket seal(metadata_map metadata) override { return ck_.seal(std::move(metadata), order()); }
     void drain() override { ck_.drain(); }
     stall_times stalls() const override { return ck_.stalls(); }
@@ -177,17 +177,19 @@ Staging make_staging(std::uint64_t pool_bytes, std::uint64_t block_bytes, [[mayb
 }
 
 /// Puts the parts together: the block's size follows from the sink and --buffer-size-mb, the pool's from the image; pools for a
-/// GPU are 8 blocks of 32 MB.
+/// GPU are 256 MiB. Blocks there are no smaller than 8 MiB, so that the copies run at the bus's rate, and no larger than they
+/// must be: --batch-size-mb is then many blocks, which are copied, hashed and written side by side.
 template <class Staging, class Scheduling, class Sink>
 std::unique_ptr<running_method> start_with(libtorch::training_state& training, method_settings const& s, Scheduling scheduling, Sink sink,
                                            method_facts facts, std::size_t writing_at_once) {
     constexpr bool by_layer = Scheduling::copies == copy_moment::at_layer_ready;
     constexpr bool for_gpu = Staging::memory != memory_kind::host;
-    std::uint64_t block_bytes = for_gpu ? std::uint64_t{32} << 20 : sink.limits().best_block_bytes;
+    std::uint64_t block_bytes = sink.limits().best_block_bytes;
+    if (for_gpu) block_bytes = std::max(block_bytes, std::uint64_t{8} << 20);
     if (by_layer && s.buffer_bytes != 0)
         block_bytes = std::clamp<std::uint64_t>(s.buffer_bytes / block_unit_bytes * block_unit_bytes, block_unit_bytes, block_bytes);
     auto image_bytes = safetensors{}.lay_out(training.state()).size_bytes;
-    auto pool_bytes = s.pool_bytes != 0 ? s.pool_bytes : for_gpu ? 8 * block_bytes : (image_bytes + block_bytes - 1) / block_bytes * block_bytes;
+    auto pool_bytes = s.pool_bytes != 0 ? s.pool_bytes : for_gpu ? std::uint64_t{256} << 20 : (image_bytes + block_bytes - 1) / block_bytes * block_bytes;
     auto staging = make_staging<Staging>(Staging::memory == memory_kind::device ? pool_bytes : std::min(pool_bytes, largest_pool_bytes()), block_bytes, s);
     facts.writing_at_once = writing_at_once;
     facts.digest_workers = digest_workers(s);
@@ -212,7 +214,7 @@ std::unique_ptr<running_method> start_with_monitor(libtorch::training_state& tra
                                                    std::size_t writing_at_once) {
     constexpr bool by_layer = Scheduling::copies == copy_moment::at_layer_ready;
     constexpr bool pinned = Staging::memory == memory_kind::pinned;
-    std::uint64_t block_bytes = pinned ? std::uint64_t{32} << 20 : std::uint64_t{8} << 20;
+    std::uint64_t block_bytes = std::uint64_t{8} << 20;
     if (by_layer && s.buffer_bytes != 0)
         block_bytes = std::clamp<std::uint64_t>(s.buffer_bytes / block_unit_bytes * block_unit_bytes, block_unit_bytes, block_bytes);
     auto const image_bytes = safetensors{}.lay_out(training.state()).size_bytes;

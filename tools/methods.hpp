@@ -76,8 +76,8 @@ public:
     virtual bool waits_at_seal() const = 0;     ///< whether seal waits for the copies, or for the disk
     virtual ticket begin(std::uint64_t step) = 0;
     virtual void before_update() = 0;
-    virtual void before_update(std::size_t layer) = 0;
-    virtual void layer_ready(std::size_t layer) = 0;
+    virtual void before_update_of(std::size_t first, std::size_t last) = 0;
+    virtual void layers_ready(std::size_t first, std::size_t last) = 0;
     virtual ticket seal(metadata_map metadata) = 0;
     virtual void drain() = 0;  ///< waits until no save is in flight
     virtual stall_times stalls() const = 0;

@@ -3,6 +3,7 @@
 #include <optional>
 #include <ostream>
 
+#include "checkpoint_file.hpp"
 #include "errors.hpp"
 #include "events_file.hpp"
 #include "measure.hpp"
@@ -85,7 +86,7 @@ private:
     std::uint64_t restore(trainer& t, running_method& method) {
         if (settings_.command.fresh) return 0;
         restore_options options;
-        options.workers = std::max(1u, method.facts().digest_workers);
+        options.workers = reading_workers();
         auto const since = clock::now();
         auto const restored = method.restore(settings_.command.from_step, options);
         auto const took_sec = seconds(clock::now() - since);

@@ -101,7 +101,14 @@ bool transfers(device_model& model, cudaStream_t stream) {
     for (std::size_t i = 0; i < bytes.size(); ++i) bytes[i] = static_cast<std::byte>(i * 7);
     try {
         varve::cuda::transfer way(stream);
-        way.write(t, 0, bytes);
+        for (std::size_t at = 0; at < bytes.size();) {
+            auto const piece = way.borrow();
+            auto const size = std::min(piece.size(), bytes.size() - at);
+            std::memcpy(piece.data(), bytes.data() + at, size);
+            way.write(t, at, piece.first(size));
+            way.give_back(piece);
+            at += size;
+        }
         way.finish();
         way.read(t, 0, back);
         BOOST_TEST((bytes == back));

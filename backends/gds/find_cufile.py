@@ -38,11 +38,12 @@ def packages(project):
 def main():
     places = [pair for source in (toolkits(), packages(sys.argv[1])) for pair in source]
     for include, lib in places:
-        library = os.path.join(lib, 'libcufile.so.0')
-        if os.path.exists(os.path.join(include, 'cufile.h')) and os.path.exists(library):
-            print(os.path.realpath(include))
-            print(os.path.abspath(library))
-            return 0
+        for name in ('libcufile.so.0', 'libcufile.so'):
+            library = os.path.join(lib, name)
+            if os.path.exists(os.path.join(include, 'cufile.h')) and os.path.exists(library):
+                print(os.path.realpath(include))
+                print(os.path.abspath(library))
+                return 0
     return 1
 
 

@@ -61,22 +61,40 @@ def from_python(interpreter):
 
 
 def from_prefix(prefix):
+    """An unpacked archive of LibTorch, or the folder of a wheel, which need not be importable here."""
     try:
         with open(os.path.join(prefix, 'build-version')) as file:
             version = file.read().strip()
     except OSError:
         version = header_version(os.path.join(prefix, 'include', 'torch', 'csrc', 'api', 'include'))
-    return answer(version, prefix, os.path.abspath(prefix), '')
+    return answer(version, prefix, os.path.abspath(prefix), cuda_of_prefix(prefix, version))
+
+
+def cuda_of_prefix(prefix, version):
+    if not os.path.exists(os.path.join(prefix, 'lib', 'libtorch_cuda.so')):
+        return ''
+    try:
+        with open(os.path.join(prefix, 'version.py')) as file:
+            named = re.search(r"^cuda\b.*= '([\d.]+)'", file.read(), re.MULTILINE)
+    except OSError:
+        named = None
+    # As in 2.11.0+cu130.
+    tag = re.search(r'\+cu(\d+)(\d)$', version)
+    return named.group(1) if named else '.'.join(tag.groups()) if tag else 'of unknown version'
 
 
 def header_version(api):
-    path = os.path.join(api, 'torch', 'version.h')
-    try:
-        with open(path) as file:
-            text = file.read()
-    except OSError as error:
-        raise NotFound(str(error))
-    return '.'.join(re.search(rf'#define TORCH_VERSION_{part} (\d+)', text).group(1) for part in ('MAJOR', 'MINOR', 'PATCH'))
+    found = {}
+    # From 2.9 or so on the numbers stand in another header, beside `api`.
+    for path in (os.path.join(api, 'torch', 'version.h'), os.path.join(api, '..', '..', '..', 'headeronly', 'version.h')):
+        try:
+            with open(path) as file:
+                found.update(re.findall(r'#define TORCH_VERSION_(MAJOR|MINOR|PATCH) (\d+)', file.read()))
+        except OSError:
+            pass
+    if len(found) < 3:
+        raise NotFound(f'{api} has no torch/version.h with a version')
+    return '.'.join(found[part] for part in ('MAJOR', 'MINOR', 'PATCH'))
 
 
 def from_system():

@@ -24,7 +24,7 @@ struct small_transformer : torch::nn::Module {
         head = register_module("head", torch::nn::Linear(32, 50));
     }
     torch::Tensor loss(std::int64_t step) {
-        auto tokens = (torch::arange(8 * 6).view({8, 6}) * 7 + step * 13) % 50;
+        auto tokens = (torch::arange(8 * 6, torch::TensorOptions(torch::kLong).device(embedding->weight.device())).view({8, 6}) * 7 + step * 13) % 50;
         auto logits = head(encoder(embedding(tokens).transpose(0, 1)));
         return torch::nn::functional::cross_entropy(logits.reshape({-1, 50}), tokens.transpose(0, 1).reshape(-1));
     }

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <c10/util/SmallVector.h>
 #include <torch/optim/adam.h>
 #include <torch/optim/adamw.h>
 #include <torch/optim/optimizer.h>
@@ -65,6 +66,9 @@ struct adam_entry {
     std::int64_t* step = nullptr;
 };
 
+/// What one parameter has, without an allocation: every save asks for it.
+using few_tensors = ::c10::SmallVector<::at::Tensor, 3>;
+
 /// The optimizers whose state can be saved, behind one interface; every function but the first takes the state map's entry
 /// for what it is.
 class optimizer_access {
@@ -83,7 +87,7 @@ public:
     virtual bool still_keeps(std::size_t group, parameter_state const& s) const = 0;
 
     /// The tensors that the optimizer has for the parameter, in the order of `s`; empty where it has none.
-    virtual std::vector<::at::Tensor> now(optimizer_state_key const& key, parameter_state const& s) const = 0;
+    virtual few_tensors now(optimizer_state_key const& key, parameter_state const& s) const = 0;
     virtual std::int64_t step(optimizer_state_key const& key) const = 0;
     /// Makes the optimizer keep `s` with that count; drops what it has where `set` is false.
     virtual void give(optimizer_state_key const& key, parameter_state const& s, std::int64_t step, bool set) = 0;
@@ -136,11 +140,11 @@ public:
 
     bool still_keeps(std::size_t group, parameter_state const& s) const override { return !options_of(group).amsgrad() || s.tensors.size() == 3; }
 
-    std::vector<::at::Tensor> now(optimizer_state_key const& key, parameter_state const& s) const override {
+    few_tensors now(optimizer_state_key const& key, parameter_state const& s) const override {
         auto it = optimizer_.state().find(key);
         if (it == optimizer_.state().end()) return {};
         auto& of = static_cast<State&>(*it->second);
-        std::vector<::at::Tensor> out{of.exp_avg(), of.exp_avg_sq()};
+        few_tensors out{of.exp_avg(), of.exp_avg_sq()};
         if (s.tensors.size() == 3) out.push_back(of.max_exp_avg_sq());
         return out;
     }
@@ -211,7 +215,7 @@ public:
 
     bool still_keeps(std::size_t group, parameter_state const& s) const override { return options_of(group).momentum() == 0 || !s.tensors.empty(); }
 
-    std::vector<::at::Tensor> now(optimizer_state_key const& key, parameter_state const&) const override {
+    few_tensors now(optimizer_state_key const& key, parameter_state const&) const override {
         auto it = optimizer_.state().find(key);
         if (it == optimizer_.state().end()) return {};
         return {static_cast<state_type&>(*it->second).momentum_buffer()};

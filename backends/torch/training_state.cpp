@@ -5,67 +5,21 @@
 #include <torch/nn/module.h>
 
 #include <algorithm>
-#include <array>
 #include <deque>
 #include <mutex>
-#include <optional>
 #include <set>
-#include <string_view>
 #include <unordered_map>
 #include <utility>
 
 #include "layerwise_lists.hpp"
 #include "optimizer_state.hpp"
+#include "tensor_description.hpp"
 
 namespace varve::libtorch {
 
+using detail::described, detail::still;
+
 namespace {
-
-/// By name, since LibTorch 1.13 has not all of them.
-std::optional<varve::dtype> dtype_of(::at::Tensor const& t) noexcept {
-    static constexpr std::array<std::pair<std::string_view, varve::dtype>, 16> names{{{"Bool", dtype::BOOL},
-                                                                                      {"Byte", dtype::U8},
-                                                                                      {"Char", dtype::I8},
-                                                                                      {"Float8_e5m2", dtype::F8_E5M2},
-                                                                                      {"Float8_e4m3fn", dtype::F8_E4M3},
-                                                                                      {"Short", dtype::I16},
-                                                                                      {"UInt16", dtype::U16},
-                                                                                      {"Half", dtype::F16},
-                                                                                      {"BFloat16", dtype::BF16},
-                                                                                      {"Int", dtype::I32},
-                                                                                      {"UInt32", dtype::U32},
-                                                                                      {"Float", dtype::F32},
-                                                                                      {"ComplexFloat", dtype::C64},
-                                                                                      {"Double", dtype::F64},
-                                                                                      {"Long", dtype::I64},
-                                                                                      {"UInt64", dtype::U64}}};
-    std::string_view const wanted = ::c10::toString(t.scalar_type());
-    auto it = std::find_if(names.begin(), names.end(), [&](auto const& n) { return n.first == wanted; });
-    if (it == names.end()) return std::nullopt;
-    return it->second;
-}
-
-varve::tensor described(std::string name, ::at::Tensor const& t) {
-    auto refuse = [&](std::string const& why) { throw error(errc::unsupported, "cannot save tensor " + name + ": " + why); };
-    if (t.layout() != ::at::kStrided) refuse("it is sparse");
-    if (t.is_conj() || t.is_neg()) refuse("it is a lazy conjugate or negative; resolve it first");
-    auto type = dtype_of(t);
-    if (!type) refuse("its dtype is " + std::string(::c10::toString(t.scalar_type())));
-    if (!t.is_cpu() && !t.is_cuda()) refuse("it is neither in host nor in CUDA memory");
-    return {.name = std::move(name),
-            .type = *type,
-            .shape = t.sizes().vec(),
-            .data = t.data_ptr(),
-            .strides = t.is_contiguous() ? std::vector<std::int64_t>() : t.strides().vec(),
-            .memory = t.is_cuda() ? memory_kind::device : memory_kind::host};
-}
-
-/// Whether `t` is still what the state says.
-bool still(::at::Tensor const& t, varve::tensor const& as) {
-    if (!t.defined() || t.layout() != ::at::kStrided || t.data_ptr() != as.data || dtype_of(t) != as.type || t.sizes() != ::at::IntArrayRef(as.shape))
-        return false;
-    return as.strides.empty() ? t.is_contiguous() : t.strides() == ::at::IntArrayRef(as.strides);
-}
 
 varve::tensor scalar(std::string name, varve::dtype type, void* data) { return {std::move(name), type, {}, data, {}}; }
 
@@ -119,6 +73,7 @@ struct training_state::parts {
     std::vector<fixed> parameters;
     std::vector<mirrored> mirrors;
     std::vector<optimized> of_optimizer;
+    std::vector<std::vector<std::size_t>> mirrors_of_layer, optimized_of_layer;  ///< indices in the two above
     std::vector<option> group_options;
     std::vector<bound<std::int64_t>> user_integers;
     std::vector<bound<double>> user_reals;
@@ -149,6 +104,8 @@ void training_state::parts::mirror(std::string name, ::at::Tensor const& live, s
     auto as = described(name, live);
     auto copy = live.detach().clone(::at::MemoryFormat::Contiguous);
     s.layers[layer].tensors.push_back(described(std::move(name), copy));
+    mirrors_of_layer.resize(s.layers.size());
+    mirrors_of_layer[layer].push_back(mirrors.size());
     mirrors.push_back({live, std::move(copy), layer, std::move(as)});
 }
 
@@ -221,6 +178,8 @@ void training_state::parts::add_optimizer(varve::state& s) {
                 o.set = &flags.emplace_back(o.used ? 1 : 0);
                 tensors.push_back(scalar("optimizer." + name + "." + o.state.tensors[0].name + ".set", dtype::BOOL, o.set));
             }
+            optimized_of_layer.resize(s.layers.size());
+            optimized_of_layer[layer].push_back(of_optimizer.size());
             of_optimizer.push_back(std::move(o));
         }
     }
@@ -251,6 +210,8 @@ void training_state::parts::add_run(varve::state& s) {
             group_options.push_back({std::move(o), copy});
         }
     for (auto& [name, buffer] : std::exchange(ownerless, {})) mirror(std::move(name), buffer, run, s);
+    mirrors_of_layer.resize(s.layers.size());
+    optimized_of_layer.resize(s.layers.size());
 }
 
 std::unique_ptr<layerwise_updater::lists> training_state::parts::lists(varve::state const& s) const {
@@ -292,10 +253,9 @@ std::error_code training_state::parts::recheck(varve::state const& s) const {
 
 void training_state::parts::refresh(std::size_t layer, std::size_t run) {
     ::at::NoGradGuard no_grad;
-    for (auto& m : mirrors)
-        if (m.layer == layer) m.copy.copy_(m.live);
-    for (auto& o : of_optimizer) {
-        if (o.layer != layer) continue;
+    for (auto i : mirrors_of_layer[layer]) mirrors[i].copy.copy_(mirrors[i].live);
+    for (auto i : optimized_of_layer[layer]) {
+        auto& o = of_optimizer[i];
         if (o.step) *o.step = access->step(o.key);
         if (!o.set) continue;
         auto now = access->now(o.key, o.state);
@@ -317,7 +277,11 @@ void training_state::parts::refresh(std::size_t layer, std::size_t run) {
     }
     for (auto& [generator, copy] : gpu_rngs) {
         std::lock_guard lock(generator.mutex());
-        copy.copy_(generator.get_state());
+        try {
+            copy.copy_(generator.get_state());
+        } catch (::c10::Error const&) {
+            throw error(errc::unsupported, "the state of a GPU's generator cannot be read now: the stream is being captured, or the GPU has failed");
+        }
     }
 }
 

@@ -115,23 +115,30 @@ public:
         wait_for_copies(layer, order, latest);
     }
 
-    /// The same for all layers at once.
-    void before_update() { before_update_all({}); }
-    void before_update_all(order_type order) {
+    /// The same for layers [first, last), and for all of them: cheaper than one call a layer.
+    void before_update_of(std::size_t first, std::size_t last, order_type order = {}) {
         timed inside(stalls_.total_ns);
         latest_type latest;
-        for (std::size_t l = 0; l < state_.layers.size(); ++l) {
+        for (auto l = first; l < last; ++l) {
             refuse_if_announced(l, "before_update");
             wait_for_copies(l, order, latest);
         }
     }
+    void before_update_all(order_type order) { before_update_of(0, state_.layers.size(), order); }
+    void before_update() { before_update_all({}); }
 
     /// The layer's update is done, or is in `order`; a layerwise save copies it from now on. Nothing outside of a save.
-    void layer_ready(std::size_t layer, order_type order = {}) {
+    void layer_ready(std::size_t layer, order_type order = {}) { layers_ready(layer, layer + 1, order); }
+    /// The same for layers [first, last), whose updates were one: they become one point of `order`'s work.
+    void layers_ready(std::size_t first, std::size_t last, order_type order = {}) {
         timed inside(stalls_.total_ns);
         if (!current_) return;
-        refuse_if_announced(layer, "layer_ready");
-        announce(layer, order);
+        std::vector<std::size_t> layers;
+        for (auto l = first; l < last; ++l) {
+            refuse_if_announced(l, "layer_ready");
+            layers.push_back(l);
+        }
+        announce(layers, order);
     }
 
     /// Ends the save: announces the layers that were not, adds the metadata, and waits for what the scheduling says.
@@ -155,6 +162,10 @@ public:
                     if (!pipeline_->is_announced(*job, l)) rest.push_back(l);
                 announce_to(job, rest, order);
                 if (auto ec = metadata_error(metadata)) pipeline_->abandon(job, ec);
+            } catch (error const& e) {
+                pipeline_->abandon(job, e.code());
+                pipeline_->seal(*job, {});
+                throw;
             } catch (...) {
                 // A hook has thrown: the save is lost, and the ones behind it are not to wait for it.
                 pipeline_->abandon(job, errc::state_changed);
@@ -298,12 +309,14 @@ private:
                                                 std::to_string(current_->step()));
     }
 
-    void announce(std::size_t layer, order_type order) {
+    void announce(std::span<std::size_t const> layers, order_type order) {
         if constexpr (streams) {
-            announced_[layer] = true;
-            if (state_.refresh) state_.refresh(layer);
+            for (auto layer : layers) {
+                announced_[layer] = true;
+                if (state_.refresh) state_.refresh(layer);
+            }
         } else if (job_) {
-            announce_to(job_, std::span(&layer, 1), order);
+            announce_to(job_, layers, order);
         }
     }
 

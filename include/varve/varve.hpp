@@ -8,6 +8,7 @@
 #include "varve/concepts/scheduling.hpp"
 #include "varve/concepts/sink.hpp"
 #include "varve/concepts/staging.hpp"
+#include "varve/direct_io.hpp"
 #include "varve/error.hpp"
 #include "varve/format/safetensors.hpp"
 #include "varve/image.hpp"

@@ -56,8 +56,8 @@ void every_method_is_exact(std::vector<std::string> const& methods, std::vector<
 
 BOOST_AUTO_TEST_CASE(on_a_gpu_every_method_has_the_losses_of_none_and_is_restored_bit_for_bit) {
     if (!have_tool_gpu()) return;
-    auto const methods = joined(documented, runnable({"pinned+sync+posix", "pinned+async+io_uring", "pinned+layerwise+posix", "gds+async+gds",
-                                                      "gds+layerwise+gds"}));
+    auto const methods = joined(documented, runnable({"pinned+sync+posix", "pinned+async+io_uring", "pinned+layerwise+posix", "gds+async+cufile",
+                                                      "gds+layerwise+cufile"}));
     BOOST_TEST(methods.size() >= 6u);
     every_method_is_exact(methods, tiny_model({"--checkpoint-freq", "3"}));
 }

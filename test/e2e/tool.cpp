@@ -88,7 +88,9 @@ outcome running_tool::wait() {
 
 outcome run_tool(std::vector<std::string> const& args) { return running_tool(args).wait(); }
 
-bool runs_here(std::string const& method) { return run_tool({"bench", "--device", "cpu", "--methods", method, "--dry-run"}).code == 0; }
+bool runs_here(std::string const& method, std::string const& device) {
+    return run_tool({"bench", "--device", device, "--methods", method, "--dry-run"}).code == 0;
+}
 
 bool tool_has_gpu() {
     static bool const has = [] {

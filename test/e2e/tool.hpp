@@ -41,7 +41,7 @@ private:
 
 outcome run_tool(std::vector<std::string> const& args);
 /// Whether this build, on this machine, can run a method; a dry run tells.
-bool runs_here(std::string const& method);
+bool runs_here(std::string const& method, std::string const& device = "cpu");
 
 /// Whether the command can train on a GPU here.
 bool tool_has_gpu();

@@ -9,9 +9,10 @@ namespace varve_test {
 
 namespace {
 
-std::vector<std::string> methods() {
+std::vector<std::string> methods(std::string const& device) {
     std::vector<std::string> names{"traditional", "original", "layerwise"};
-    if (runs_here("host+async+asio")) names.push_back("host+async+asio");
+    auto const with_asio = std::string(device == "cuda" ? "pinned" : "host") + "+async+asio";
+    if (runs_here(with_asio, device)) names.push_back(with_asio);
     return names;
 }
 
@@ -32,7 +33,7 @@ void same_bits(std::string const& a, std::string const& b) {
 
 /// A run, and one that is stopped and goes on, by every method.
 void two_halves_are_one_run(std::string const& device) {
-    for (auto const& method : methods()) {
+    for (auto const& method : methods(device)) {
         BOOST_TEST_CONTEXT(method) {
             temporary_folder folder;
             auto args = [&](std::string const& name, std::string const& steps) {

@@ -16,6 +16,7 @@
 
 #include "plain_sinks.hpp"
 #include "support.hpp"
+#include "toy_run.hpp"
 
 namespace {
 
@@ -24,18 +25,8 @@ using namespace std::chrono_literals;
 using varve::errc;
 using varve::milestone;
 
-constexpr std::size_t block = varve::block_unit_bytes;
-constexpr std::size_t floats_per_block = block / sizeof(float);
-
 template <class Scheduling>
 using checkpointer = varve::checkpointer<varve::host_staging, Scheduling, plain_file_sink>;
-
-varve::store_options quick_store(std::size_t keep = 2) {
-    varve::store_options o;
-    o.keep = keep;
-    o.prepare = varve::prepare_mode::none;
-    return o;
-}
 
 /// Events in the order in which they came.
 struct recorder {
@@ -55,18 +46,6 @@ struct recorder {
     std::mutex mutex;
     std::vector<entry> entries;
 };
-
-template <class Checkpointer>
-varve::ticket train_step(Checkpointer& ck, toy_model& model, std::uint64_t step, bool save = true) {
-    if (save) ck.begin(step);
-    for (std::size_t l = 0; l < model.state().layers.size(); ++l) {
-        ck.before_update(l);
-        model.update(l, step);
-        ck.layer_ready(l);
-    }
-    if (save) return ck.seal();
-    return varve::ticket(std::make_shared<varve::detail::ticket_state>(step));
-}
 
 template <class Scheduling>
 void restores_what_was_saved(Scheduling scheduling, std::size_t pool_blocks) {

@@ -14,13 +14,12 @@
 
 #include "plain_sinks.hpp"
 #include "support.hpp"
+#include "toy_run.hpp"
 
 namespace {
 
 using namespace varve_test;
 using namespace std::chrono_literals;
-constexpr std::size_t block = varve::block_unit_bytes;
-constexpr std::size_t floats_per_block = block / sizeof(float);
 
 /// The least staging that takes snapshots: host memory beside the pool.
 class aside_staging : public varve::host_staging {
@@ -103,24 +102,6 @@ static_assert(varve::snapshotting_staging<aside_staging> && !varve::snapshotting
 template <class Scheduling>
 using checkpointer = varve::checkpointer<aside_staging, Scheduling, plain_file_sink>;
 
-varve::store_options keep_all() {
-    varve::store_options o;
-    o.keep = 1000;
-    o.prepare = varve::prepare_mode::none;
-    return o;
-}
-
-template <class Checkpointer>
-varve::ticket train_step(Checkpointer& ck, toy_model& model, std::uint64_t step, bool save = true) {
-    if (save) ck.begin(step);
-    for (std::size_t l = 0; l < model.state().layers.size(); ++l) {
-        ck.before_update(l);
-        model.update(l, step);
-        ck.layer_ready(l);
-    }
-    return save ? ck.seal() : varve::ticket(std::make_shared<varve::detail::ticket_state>(step));
-}
-
 template <class Scheduling>
 void never_mixes_steps(Scheduling scheduling, std::size_t pool_blocks, std::size_t snapshots) {
     temporary_folder dir;
@@ -130,10 +111,10 @@ void never_mixes_steps(Scheduling scheduling, std::size_t pool_blocks, std::size
     std::uint64_t const steps = varve_test::full() ? 60 : 12;
     {
         checkpointer<Scheduling> ck(model.state(), {pool_blocks * block, block, snapshots}, scheduling, plain_file_sink(control), dir.path(),
-                                    keep_all());
+                                    quick_store(1000));
         for (std::uint64_t step = 1; step <= steps; ++step) train_step(ck, model, step, step % 3 != 0);
     }
-    checkpointer<Scheduling> ck(model.state(), {block, block, 0}, scheduling, plain_file_sink(control), dir.path(), keep_all());
+    checkpointer<Scheduling> ck(model.state(), {block, block, 0}, scheduling, plain_file_sink(control), dir.path(), quick_store(1000));
     auto saved = ck.files().checkpoints();
     BOOST_TEST(saved.size() == steps - steps / 3);
     for (auto const& c : saved) {
@@ -160,7 +141,7 @@ BOOST_AUTO_TEST_CASE(with_snapshots_training_goes_on_while_nothing_can_be_writte
     control->close_gate();
     toy_model model(6, floats_per_block / 2 + 17);
     {
-        checkpointer<varve::async<2>> ck(model.state(), {block, block, 2}, {}, plain_file_sink(control), dir.path(), keep_all());
+        checkpointer<varve::async<2>> ck(model.state(), {block, block, 2}, {}, plain_file_sink(control), dir.path(), quick_store(1000));
         BOOST_TEST(ck.max_in_flight() == 2u);
         train_step(ck, model, 1);
         train_step(ck, model, 2);
@@ -181,7 +162,7 @@ BOOST_AUTO_TEST_CASE(a_save_that_is_replaced_gives_its_snapshot_to_the_next) {
     toy_model model(6, floats_per_block / 2 + 17);
     varve::checkpointer_options options;
     options.busy = varve::when_busy::replace;
-    checkpointer<varve::async<2>> ck(model.state(), {2 * block, block, 2}, {}, plain_file_sink(control), dir.path(), keep_all(), options);
+    checkpointer<varve::async<2>> ck(model.state(), {2 * block, block, 2}, {}, plain_file_sink(control), dir.path(), quick_store(1000), options);
     std::vector<varve::ticket> tickets;
     for (std::uint64_t step = 1; step <= 6; ++step) {
         tickets.push_back(train_step(ck, model, step));
@@ -204,7 +185,7 @@ BOOST_AUTO_TEST_CASE(a_save_that_gives_way_at_every_step_leaves_the_next_one_its
     toy_model model(6, floats_per_block / 2 + 17);
     varve::checkpointer_options options;
     options.busy = varve::when_busy::replace;
-    checkpointer<varve::layerwise<2>> ck(model.state(), {16 * block, block, 2}, {}, plain_file_sink(control), dir.path(), keep_all(), options);
+    checkpointer<varve::layerwise<2>> ck(model.state(), {16 * block, block, 2}, {}, plain_file_sink(control), dir.path(), quick_store(1000), options);
     varve::ticket last = train_step(ck, model, 1);
     std::this_thread::sleep_for(50ms);
     auto const of_the_first = ck.staging().copies_from_snapshots();
@@ -224,7 +205,7 @@ BOOST_AUTO_TEST_CASE(a_save_that_ends_early_leaves_its_snapshot_and_its_layers_f
     temporary_folder dir;
     toy_model model(6, floats_per_block / 2 + 17);
     for (std::size_t snapshots : {0, 1}) {
-        checkpointer<varve::layerwise<2>> ck(model.state(), {block, block, snapshots}, {}, plain_file_sink(), dir.path(), keep_all());
+        checkpointer<varve::layerwise<2>> ck(model.state(), {block, block, snapshots}, {}, plain_file_sink(), dir.path(), quick_store(1000));
         for (std::uint64_t step = 1; step <= 3; ++step) {
             ck.begin(step);
             for (std::size_t l = 0; l < 3; ++l) {

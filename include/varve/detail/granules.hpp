@@ -118,17 +118,20 @@ void sweep_granules(int fd, safetensors_outline const& outline, unsigned workers
             memory.begin();
             std::array<std::uint64_t, chunks_per_granule> chunks;
             std::size_t chunk_count = 0;
+            bool cached = reader.is_cached(first);
             for (auto at = begin; at < end;) {
                 auto size = static_cast<std::size_t>(std::min<std::uint64_t>(piece_bytes, end - at));
                 std::byte* to = nullptr;
                 if (!memory.is_lent()) std::tie(to, size) = consumer.at(at, size);
                 auto const offset = outline.extent.data_offset + at;
-                bool const buffered = !to || reader.read_cached(to, offset, size) < size;
+                bool const buffered = !to || !cached || reader.read_cached(to, offset, size) < size;
                 if (buffered) {
                     to = memory.place(first, offset);
-                    if (auto cached = reader.read_cached(to, offset, size); cached < size) {
+                    auto const there = cached ? reader.read_cached(to, offset, size) : 0;
+                    cached = there == size;
+                    if (!cached) {
                         size = static_cast<std::size_t>(end - at);  // where one piece is not cached, the rest rarely is
-                        reader.read(to, offset, size, cached);
+                        reader.read(to, offset, size, there);
                     }
                 }
                 if (check_digests) chunk_count += chunk_digests({to, size}, std::span(chunks).subspan(chunk_count));

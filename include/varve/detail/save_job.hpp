@@ -31,7 +31,10 @@ struct snapshot_of<Staging> {
     using type = typename Staging::snapshot_type;
 };
 
-/// One save on its way. But for what says otherwise, the pipeline's mutex guards it.
+template <class Staging, class Sink>
+struct save_line;
+
+/// One save on its way. But for what says otherwise, the line's mutex guards it.
 template <class Staging, class Sink>
 struct save_job {
     using buffer_type = typename Staging::buffer_type;
@@ -42,7 +45,6 @@ struct save_job {
     /// A block of the image while it has a buffer. Its address is the context of its write.
     struct block_in_flight {
         save_job* job = nullptr;
-        void* pipeline = nullptr;
         std::size_t index = 0;
         buffer_type buffer;
         std::vector<token_type> copies;
@@ -55,6 +57,7 @@ struct save_job {
 
     std::uint64_t step() const noexcept { return ticket->step(); }
 
+    save_line<Staging, Sink>* line = nullptr;  ///< for the sink's callbacks; set at begin
     std::shared_ptr<ticket_state> ticket;
     metadata_map metadata;
 
@@ -87,10 +90,9 @@ struct save_job {
     std::error_code error;              ///< the first one; the save is lost with it
     bool committing = false;            ///< too late to abandon it
 
-    void* pipeline = nullptr;                        ///< for what a relaying sink answers
-    std::optional<std::error_code> safe_came, end_came;  ///< its answers
-    bool safe_told = false;                          ///< the first was told to whoever waits
-    bool safe = false;                               ///< and was good
+    std::optional<std::error_code> safe_came, end_came;  ///< what a relaying sink answers
+    bool safe_told = false;                              ///< the first was told to whoever waits
+    bool safe = false;                                   ///< and was good
 
     bool has_news() const noexcept { return end_came || (safe_came && !safe_told); }
 

@@ -2,6 +2,9 @@
 
 #include <cuda_runtime_api.h>
 
+#include <cctype>
+#include <fstream>
+#include <string>
 #include <system_error>
 #include <utility>
 
@@ -26,6 +29,17 @@ private:
     int before_ = 0;
     bool changed_ = false;
 };
+
+/// The NUMA node that is nearest to the device, as the kernel says; -1 where it does not.
+inline int numa_node_of(int device) {
+    char address[32] = {};
+    if (code_of(::cudaDeviceGetPCIBusId(address, sizeof address, device))) return -1;
+    std::string path = "/sys/bus/pci/devices/";
+    for (char const* c = address; *c != 0; ++c) path += static_cast<char>(std::tolower(static_cast<unsigned char>(*c)));
+    std::ifstream file(path + "/numa_node");
+    int node = -1;
+    return file >> node ? node : -1;
+}
 
 /// What the calling thread does as long as this lives does not end a stream capture that another thread has under way.
 /// Source: CUDA Runtime API, cudaThreadExchangeStreamCaptureMode.

@@ -8,6 +8,7 @@
 #include <string>
 #include <utility>
 
+#include "varve/cuda/detail/node_memory.hpp"
 #include "varve/cuda/error.hpp"
 
 namespace varve::cuda {
@@ -22,14 +23,32 @@ public:
         throw_if(::cudaHostAlloc(&memory, size_bytes, cudaHostAllocPortable), "cannot page-lock " + std::to_string(size_bytes) + " bytes");
         data_ = static_cast<std::byte*>(memory);
     }
-    page_locked(page_locked&& other) noexcept : data_(std::exchange(other.data_, nullptr)), size_bytes_(other.size_bytes_) {}
+    /// The same of one NUMA node; a negative one stands for any. Throws too where nothing can be bound to that node.
+    page_locked(std::size_t size_bytes, int numa_node) {
+        if (numa_node < 0) {
+            *this = page_locked(size_bytes);
+            return;
+        }
+        bound_ = detail::node_memory(size_bytes, numa_node);
+        throw_if(::cudaHostRegister(bound_.data(), size_bytes, cudaHostRegisterPortable),
+                 "cannot page-lock " + std::to_string(size_bytes) + " bytes of NUMA node " + std::to_string(numa_node));
+        data_ = bound_.data();
+        size_bytes_ = size_bytes;
+    }
+    page_locked(page_locked&& other) noexcept
+        : data_(std::exchange(other.data_, nullptr)), size_bytes_(other.size_bytes_), bound_(std::move(other.bound_)) {}
     page_locked& operator=(page_locked&& other) noexcept {
         std::swap(data_, other.data_);
         std::swap(size_bytes_, other.size_bytes_);
+        std::swap(bound_, other.bound_);
         return *this;
     }
     ~page_locked() {
-        if (data_) ::cudaFreeHost(data_);
+        if (!data_) return;
+        if (bound_.data())
+            ::cudaHostUnregister(data_);
+        else
+            ::cudaFreeHost(data_);
     }
 
     std::byte* data() const noexcept { return data_; }
@@ -38,6 +57,7 @@ public:
 private:
     std::byte* data_ = nullptr;
     std::size_t size_bytes_ = 0;
+    detail::node_memory bound_;  ///< what data_ is, where it is bound to a node
 };
 
 /// Page-locks memory of somebody else's, such as a shared mapping, for as long as it lives.

@@ -26,6 +26,7 @@ namespace varve::cuda {
 struct pinned_staging_options {
     std::size_t snapshots = 0;    ///< saves that may be put aside in GPU memory at once; 0: none
     double snapshot_share = 0.5;  ///< of the GPU memory that is free at the start, at most
+    int numa_node = -1;           ///< whose memory the pool takes, numa_node_of(device) say; negative: any
     bool measure_waits = false;   ///< gpu_wait_ns() says how long updates waited in their streams; costs two events a wait
 };
 
@@ -46,7 +47,7 @@ public:
     /// copy there. `block_bytes` is a multiple of block_unit_bytes. Throws error with the code of CUDA: equal to
     /// std::errc::not_enough_memory where no more can be page-locked, or the current device has no room for a stream.
     pinned_staging(std::size_t pool_bytes, std::size_t block_bytes, pinned_staging_options options = {})
-        : stream_staging(allocate(pool_bytes, block_bytes), options.snapshots, options.snapshot_share, options.measure_waits) {}
+        : stream_staging(allocate(pool_bytes, block_bytes, options.numa_node), options.snapshots, options.snapshot_share, options.measure_waits) {}
 
     /// Page-locks memory of the caller's, aligned to 4,096 bytes, which `owner` keeps, such as another process's too
     /// (varve::asio::shared_pool); regions are registered one by one. Throws as above.
@@ -99,18 +100,19 @@ public:
 private:
     static constexpr std::size_t most_reach_bytes = 256u << 20;
 
-    static std::shared_ptr<varve::detail::block_pool> allocate(std::size_t pool_bytes, std::size_t block_bytes) {
+    static std::shared_ptr<varve::detail::block_pool> allocate(std::size_t pool_bytes, std::size_t block_bytes, int numa_node) {
         auto const count = std::max<std::size_t>(1, pool_bytes / block_bytes);
         auto const most = varve::detail::block_pool::blocks_per_region(block_bytes);
         auto memory = std::make_shared<std::vector<page_locked>>();
         std::vector<std::span<std::byte>> regions;
         try {
             for (std::size_t first = 0; first < count; first += most) {
-                memory->emplace_back(std::min(most, count - first) * block_bytes);
+                memory->emplace_back(std::min(most, count - first) * block_bytes, numa_node);
                 regions.push_back(memory->back().bytes());
             }
         } catch (error const& e) {
-            throw error(e.code(), "staging pool of " + std::to_string(count * block_bytes) + " bytes: " + e.what() + "; give a smaller pool");
+            throw error(e.code(), "staging pool of " + std::to_string(count * block_bytes) + " bytes: " + e.what() +
+                                      (e.code() == std::errc::invalid_argument ? "; give a node that has memory" : "; give a smaller pool"));
         }
         return std::make_shared<varve::detail::block_pool>(std::move(regions), block_bytes, std::move(memory));
     }

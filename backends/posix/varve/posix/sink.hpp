@@ -8,16 +8,13 @@
 #include "varve/concepts/sink.hpp"
 #include "varve/detail/file_target.hpp"
 #include "varve/detail/open_file.hpp"
+#include "varve/direct_io.hpp"
 #include "varve/posix/writer_pool.hpp"
 #include "varve/system.hpp"
 
 namespace varve::posix {
 
-/// Whether files are opened with O_DIRECT.
-enum class direct_io {
-    automatic,  ///< where the file system gives it
-    never       ///< through the page cache; blocks may have any address, offset and length
-};
+using varve::direct_io;
 
 struct sink_options {
     unsigned writer_threads = 4;

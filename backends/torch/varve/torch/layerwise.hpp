@@ -48,14 +48,35 @@ private:
     std::unique_ptr<lists> lists_;
 };
 
-/// Who is told about layers, as a checkpointer is.
+/// Who is told about layers [first, last), as a checkpointer is.
 template <class C>
-concept layer_listener = requires(C& c, std::size_t layer) {
+concept layers_listener = requires(C& c, std::size_t first, std::size_t last) {
+    c.before_update_of(first, last);
+    c.layers_ready(first, last);
+};
+/// Who is told about layers, many at a time or one.
+template <class C>
+concept layer_listener = layers_listener<C> || requires(C& c, std::size_t layer) {
     c.before_update(layer);
     c.layer_ready(layer);
 };
 
 namespace detail {
+
+template <layer_listener Listener>
+void tell_before_update(Listener& listener, layer_range layers) {
+    if constexpr (layers_listener<Listener>)
+        listener.before_update_of(layers.first, layers.last);
+    else
+        for (auto l = layers.first; l < layers.last; ++l) listener.before_update(l);
+}
+template <layer_listener Listener>
+void tell_ready(Listener& listener, layer_range layers) {
+    if constexpr (layers_listener<Listener>)
+        listener.layers_ready(layers.first, layers.last);
+    else
+        for (auto l = layers.first; l < layers.last; ++l) listener.layer_ready(l);
+}
 
 inline void expect_own(::torch::optim::Optimizer const& optimizer, training_state const& training, char const* call) {
     if (&optimizer != &training.optimizer())
@@ -85,11 +106,12 @@ template <layer_listener Listener>
 void layerwise_step(::torch::optim::Optimizer& optimizer, training_state& training, Listener& listener) {
     detail::expect_own(optimizer, training, "layerwise_step");
     for (auto const& group : training.updater().groups()) {
-        for (auto l = group.first; l < group.last; ++l) listener.before_update(l);
+        detail::tell_before_update(listener, group);
         training.updater().update(group);
-        for (auto l = group.first; l < group.last; ++l) listener.layer_ready(l);
+        detail::tell_ready(listener, group);
     }
-    listener.before_update(training.state().layers.size() - 1);
+    auto const run = training.state().layers.size() - 1;
+    detail::tell_before_update(listener, {run, run + 1});
 }
 
 }  // namespace varve::libtorch

@@ -10,16 +10,13 @@
 #include "varve/concepts/sink.hpp"
 #include "varve/detail/file_target.hpp"
 #include "varve/detail/open_file.hpp"
+#include "varve/direct_io.hpp"
 #include "varve/system.hpp"
 #include "varve/uring/ring.hpp"
 
 namespace varve::uring {
 
-/// Whether files are opened with O_DIRECT.
-enum class direct_io {
-    automatic,  ///< where the file system gives it
-    never       ///< through the page cache; blocks may have any address, offset and length
-};
+using varve::direct_io;
 
 struct sink_options {
     unsigned queue_depth = 8;  ///< pieces in flight, of all targets together

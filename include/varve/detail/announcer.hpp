@@ -1,0 +1,169 @@
+#pragma once
+
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
+#include <iterator>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <span>
+#include <system_error>
+#include <utility>
+#include <vector>
+
+#include "varve/concepts/scheduling.hpp"
+#include "varve/concepts/sink.hpp"
+#include "varve/concepts/staging.hpp"
+#include "varve/detail/digest.hpp"
+#include "varve/detail/save_line.hpp"
+#include "varve/observer.hpp"
+#include "varve/state.hpp"
+
+namespace varve::detail {
+
+/// Where a save comes in: begins it, takes word of its layers, has them put aside where there is a snapshot for them, and
+/// tells when a layer may be updated. The training thread's alone; what it does here is what a save costs the training.
+template <staging Staging, sink Sink>
+class announcer {
+public:
+    using line_type = save_line<Staging, Sink>;
+    using job_type = typename line_type::job_type;
+    using job_ptr = typename line_type::job_ptr;
+    using order_type = typename Staging::order_type;
+    using token_type = typename Staging::token_type;
+
+    announcer(line_type& line, Staging& staging) : line_(line), staging_(staging) {}
+
+    job_ptr begin(std::uint64_t step) {
+        typename line_type::snapshot_type aside;
+        if constexpr (snapshotting_staging<Staging>) aside = staging_.acquire_snapshot();
+        auto job =
+            std::make_shared<job_type>(step, line_.state.layers.size(), line_.blocks(), chunk_count(line_.layout.data_bytes()), std::move(aside));
+        job->line = &line_;
+        line_.options.observers.on({.what = milestone::begin, .step = step, .bytes = line_.layout.size_bytes});
+        std::lock_guard lock(line_.mutex);
+        line_.jobs.push_back(job);
+        return job;
+    }
+
+    bool is_announced(job_type const& job, std::size_t layer) const {
+        std::lock_guard lock(line_.mutex);
+        return job.points[layer].has_value();
+    }
+
+    /// The layers' tensors hold what the save is to hold, once the work in `order` is done.
+    void announce(job_type& job, std::span<std::size_t const> layers, order_type order) {
+        if (layers.empty()) return;
+        auto point = staging_.record(order);
+        for (auto layer : layers) {
+            auto const& announced = line_.state.layers[layer];
+            std::uint64_t bytes = 0;
+            for (auto const& t : announced.tensors) bytes += t.size_bytes();
+            line_.options.observers.on({.what = milestone::layer_ready, .step = job.step(), .bytes = bytes, .layer = announced.name});
+            job.untaken_bytes += bytes;
+        }
+        {
+            std::lock_guard lock(line_.mutex);
+            if (job.error) return;
+            for (auto layer : layers) {
+                job.points[layer] = point;
+                if (line_.map.last_part_of(layer) == block_map::npos) continue;
+                auto& l = line_.layers[layer];
+                if (!std::exchange(l.busy, true)) ++busy_layers_;
+                if (job.by_snapshot)
+                    job.untaken.push_back(layer);
+                else
+                    ++l.uncopied;
+            }
+        }
+        if (line_.copies != copy_moment::at_layer_ready) return;
+        if (!job.by_snapshot || job.untaken_bytes >= line_.layout.data_bytes() / snapshot_shares) take(job);
+        line_.copy_work.notify_one();
+    }
+
+    void seal(job_type& job, metadata_map metadata) {
+        take(job);
+        bool over = false;
+        {
+            std::lock_guard lock(line_.mutex);
+            job.metadata = std::move(metadata);
+            job.sealed = true;
+            job.ticket->seal();
+            over = job.over();
+        }
+        // A wake costs the training thread more than all of the above.
+        line_.copy_work.notify_one();
+        if (over) line_.commit_work.notify_one();
+    }
+
+    /// Returns when nothing that reads the layer's tensors can be overtaken by work that `order` gets from now on.
+    /// `latest` is what `order` follows already, of layers before this one.
+    std::error_code before_update(std::size_t layer, order_type order, std::optional<token_type>& latest) {
+        if (!busy()) return {};
+        auto& l = line_.layers[layer];
+        std::vector<token_type> copies;
+        {
+            std::unique_lock lock(line_.mutex);
+            line_.layer_copied.wait(lock, [&] { return l.uncopied == 0; });
+            copies.swap(l.copies);
+            if (std::exchange(l.busy, false)) --busy_layers_;
+        }
+        for (std::size_t i = 0; i < copies.size(); ++i) {
+            // One snapshot has many layers.
+            if constexpr (std::equality_comparable<token_type>)
+                if (latest == copies[i]) continue;
+            auto ec = staging_.order_after(copies[i], order);
+            if (!ec) latest = copies[i];
+            if (!ec) continue;
+            // Whoever tries again, once the stream is no longer captured, waits for all of them.
+            std::lock_guard lock(line_.mutex);
+            l.copies.insert(l.copies.end(), copies.begin() + static_cast<std::ptrdiff_t>(i), copies.end());
+            if (!std::exchange(l.busy, true)) ++busy_layers_;
+            return ec;
+        }
+        return {};
+    }
+
+    /// Whether before_update has anything to wait for, for any layer.
+    bool busy() const noexcept { return busy_layers_ != 0; }
+
+private:
+    /// A layerwise save puts layers aside in about so many shares: one launch for each layer would cost more than it gains.
+    static constexpr std::uint64_t snapshot_shares = 8;
+
+    /// Puts the layers aside that were announced and are not yet in the save's snapshot.
+    void take(job_type& job) {
+        if constexpr (snapshotting_staging<Staging>) {
+            auto const layers = std::exchange(job.untaken, {});
+            job.untaken_bytes = 0;
+            if (layers.empty()) return;
+            // Announced one after the other, perhaps in several streams.
+            std::vector<typename Staging::point_type> points;
+            {
+                std::lock_guard lock(line_.mutex);
+                if (job.error) return;
+                for (auto layer : layers) points.push_back(*job.points[layer]);
+                job.taking = true;
+            }
+            auto token = staging_.take(job.snapshot, layers, points);
+            {
+                std::lock_guard lock(line_.mutex);
+                for (auto layer : layers) {
+                    job.taken[layer] = token;
+                    line_.layers[layer].copies.push_back(token);
+                }
+                job.taking = false;
+                if (job.error) line_.commit_work.notify_one();
+            }
+            for (auto layer : layers)
+                line_.options.observers.on({.what = milestone::layer_copied, .step = job.step(), .layer = line_.state.layers[layer].name});
+        }
+    }
+
+    line_type& line_;
+    Staging& staging_;
+    std::size_t busy_layers_ = 0;  ///< announced since their last update
+};
+
+}  // namespace varve::detail

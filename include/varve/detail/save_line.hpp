@@ -1,0 +1,148 @@
+#pragma once
+
+#include <algorithm>
+#include <condition_variable>
+#include <cstddef>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <stop_token>
+#include <system_error>
+#include <utility>
+#include <vector>
+
+#include "varve/checkpointer_options.hpp"
+#include "varve/concepts/scheduling.hpp"
+#include "varve/detail/save_job.hpp"
+#include "varve/error.hpp"
+#include "varve/image.hpp"
+#include "varve/state.hpp"
+
+namespace varve::detail {
+
+/// The saves on their way, and what the rooms of the pipeline tell each other about them.
+///
+/// Any thread uses it. The mutex guards all that is not const and says nothing else; it is not held while a staging copies,
+/// a sink writes or an observer listens. Here is only what more than one room needs: how a save ends early, and how a block ends.
+template <class Staging, class Sink>
+struct save_line {
+    using job_type = save_job<Staging, Sink>;
+    using job_ptr = std::shared_ptr<job_type>;
+    using block_type = typename job_type::block_in_flight;
+    using buffer_type = typename Staging::buffer_type;
+    using token_type = typename Staging::token_type;
+    using snapshot_type = typename snapshot_of<Staging>::type;
+
+    /// What before_update asks about a layer.
+    struct layer_copies {
+        std::size_t uncopied = 0;          ///< saves that have announced it and not copied it yet
+        std::vector<token_type> copies{};  ///< that were issued since the last update
+        bool busy = false;                 ///< announced since the last update; the training thread's
+    };
+
+    struct staged_block {
+        job_ptr job;
+        std::size_t index;
+    };
+
+    save_line(varve::state const& s, image laid_out, std::size_t block_bytes, copy_moment when, checkpointer_options const& o)
+        : state(s), options(o), copies(when), layout(std::move(laid_out)), map(layout, s, block_bytes), layers(s.layers.size()) {}
+
+    std::size_t blocks() const noexcept { return map.blocks().size(); }
+
+    void wake_all() {
+        { std::lock_guard lock(mutex); }
+        copy_work.notify_all();
+        layer_copied.notify_all();
+        commit_work.notify_all();
+        idle.notify_all();
+    }
+
+    // ---- how a save ends early ----
+
+    /// Ends it with that outcome, on the training thread; false if it was over already.
+    bool abandon(job_ptr const& job, std::error_code why) {
+        std::vector<std::size_t> held;
+        {
+            [[maybe_unused]] snapshot_type free;
+            std::lock_guard lock(mutex);
+            if (job->error || job->committing || std::find(jobs.begin(), jobs.end(), job) == jobs.end()) return false;
+            lose(*job, why, held, free);
+        }
+        release(*job, held);
+        return true;
+    }
+
+    /// The first error stays. Called while one of the save's blocks is open, so that the save outlives the call.
+    void fail(job_type& job, std::error_code why) {
+        std::vector<std::size_t> held;
+        {
+            std::lock_guard lock(mutex);
+            if (!job.error) job.error = why;
+            held.swap(job.held);
+        }
+        release(job, held);
+    }
+
+    /// Marks a save as lost, with the mutex held; `held` and `free` are to be let go without it.
+    void lose(job_type& job, std::error_code why, std::vector<std::size_t>& held, [[maybe_unused]] snapshot_type& free) {
+        job.error = why;
+        held.swap(job.held);
+        // At once, since the copying thread may wait for a buffer that only comes with the next save's end.
+        if (!job.filling && !job.copied) end_copying(job);
+        if (job.open_blocks == 0 && !job.taking) free = std::exchange(job.snapshot, {});
+    }
+
+    /// Ends the writes that a lost save's blocks were still waiting for.
+    void release(job_type& job, std::vector<std::size_t> const& held) {
+        for (auto b : held) end_of(job.blocks[b]);
+        wake_all();
+    }
+
+    /// Nothing of this save is copied any more: its announced layers are free. With the mutex held.
+    void end_copying(job_type& job) {
+        job.copied = true;
+        if (!job.error) return;
+        for (std::size_t l = 0; l < layers.size() && !job.by_snapshot; ++l) {
+            auto last = map.last_part_of(l);
+            if (!job.points[l] || last == block_map::npos) continue;
+            auto reached = job.next_block < blocks() ? map.blocks()[job.next_block].first_part + job.next_part : last + 1;
+            if (last >= reached) --layers[l].uncopied;
+        }
+    }
+
+    // ---- how a block ends ----
+
+    /// One of a block's two ends has come: with the second its buffer is free. Nothing of the job is touched afterwards.
+    void end_of(block_type& block) {
+        buffer_type free;
+        {
+            std::lock_guard lock(mutex);
+            if (--block.open_ends > 0) return;
+            free = std::move(block.buffer);
+            --block.job->open_blocks;
+            // Woken under the lock: a committer that takes the job away cannot destroy what is notified here.
+            copy_work.notify_one();
+            commit_work.notify_one();
+        }
+    }
+
+    varve::state const& state;
+    checkpointer_options const options;
+    copy_moment const copies;
+    image const layout;
+    block_map const map;
+    bool hashes = true;       ///< whether the digests are made here; set before there are threads
+    std::stop_source cancel;  ///< of waiting for buffers
+
+    mutable std::mutex mutex;
+    std::condition_variable_any copy_work, staged_work, commit_work;  ///< for the copier, the workers and the committer
+    std::condition_variable layer_copied, idle;                       ///< for the training thread
+    std::deque<job_ptr> jobs;                                         ///< in step order, until they are committed or lost
+    std::deque<staged_block> staged;                                  ///< from the copier to the workers
+    std::vector<layer_copies> layers;
+    std::size_t writing = 0;  ///< saves whose turn it is
+    bool cancelling = false;  ///< what was handed over is not waited for any longer
+};
+
+}  // namespace varve::detail
