@@ -1,6 +1,7 @@
 #include "bench_child.hpp"
 
 #include <fcntl.h>
+#include <sys/resource.h>
 #include <unistd.h>
 #include <cmath>
 #include <iostream>
@@ -45,6 +46,14 @@ struct loop_record {
     bool stopped = false;
 };
 
+/// Processor time of this process, all threads; a monitor's is its own.
+double cpu_seconds() {
+    rusage used{};
+    ::getrusage(RUSAGE_SELF, &used);
+    auto of = [](timeval const& t) { return static_cast<double>(t.tv_sec) + static_cast<double>(t.tv_usec) / 1e6; };
+    return of(used.ru_utime) + of(used.ru_stime);
+}
+
 double ms(std::int64_t ns) { return static_cast<double>(ns) / 1e6; }
 
 class method_run {
@@ -73,13 +82,16 @@ public:
         warm_up(*trainer);
 
         memory_sampler memory;
+        auto const cpu_before = cpu_seconds();
         loop_record loop = train(*trainer, method.get(), memory);
         if (method) method->drain();
+        auto const cpu_sec = cpu_seconds() - cpu_before;
         memory.stop();
         if (loop.stopped) throw interrupted("");
 
         json out = measured(loop, memory, trainer->peak_device_bytes() + (method ? method->facts().device_bytes : 0));
         out["setup_time_sec"] = setup_sec;
+        out["cpu_time_sec"] = cpu_sec;
         auto const final_bits = fingerprint(trainer->tensors());
         auto const facts = facts_of_trainer();
         out["_torch"] = {{"torch_version", facts.torch_version}, {"torch_threads", facts.threads}};
@@ -188,6 +200,7 @@ private:
         if (std::isfinite(r.loss)) out["final_loss"] = static_cast<double>(r.loss);
         out["_losses"] = detail::hex(r.losses.value());
         if (r.first_due_sec) out["_first_due_sec"] = *r.first_due_sec;
+        if (monitor_) out["crash_safe"] = recorder_.count(milestone::crash_safe);
         for (auto m : {milestone::durable, milestone::written, milestone::skipped, milestone::replaced, milestone::failed})
             out[std::string(name(m))] = recorder_.count(m);
         if (!r.stall_ms.empty()) {

@@ -72,7 +72,7 @@ install_packages() {
       *) is_installed "$pair" || missing_packages+=("$pair") ;;
     esac
   done
-  for pair in liburing-dev nlohmann-json3-dev libxxhash-dev libyaml-cpp-dev ca-certificates; do
+  for pair in liburing-dev libssl-dev nlohmann-json3-dev libxxhash-dev libyaml-cpp-dev ca-certificates; do
     is_installed "$pair" || missing_packages+=("$pair")
   done
   python3 -c 'import ensurepip' 2> /dev/null || missing_packages+=(python3-venv)

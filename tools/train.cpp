@@ -87,14 +87,17 @@ private:
         if (settings_.command.fresh) return 0;
         restore_options options;
         options.workers = reading_workers();
+        auto const since = clock::now();
         auto const restored = method.restore(settings_.command.from_step, options);
+        auto const took_sec = seconds(clock::now() - since);
         if (!restored) {
             if (settings_.command.from_step)
                 throw error(errc::no_checkpoint, settings_.command.dir + " has no checkpoint to go on from; leave --from-step out");
             return 0;
         }
         t.expect_same_run(restored->step);
-        progress_.line("goes on from " + restored->path.string());
+        progress_.line("goes on from " + restored->path.string() + ", restored in " + short_number(took_sec * 1e3) + " ms (" +
+                       short_number(static_cast<double>(method.facts().image_bytes) / 1e9 / took_sec) + " GB/s)");
         return restored->step;
     }
 

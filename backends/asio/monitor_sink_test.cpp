@@ -39,6 +39,7 @@ struct trainer {
         options.files.keep = 3;
         options.connect_limit = 2s;
         options.retry_after = 1ms;
+        options.goodbye_limit = 100ms;
     }
     /// The connection of the trainer, once it has said hello and was welcomed.
     std::unique_ptr<fake_connection> start(wire::welcome const& welcome = {}) {

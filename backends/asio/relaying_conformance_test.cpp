@@ -45,5 +45,6 @@ BOOST_AUTO_TEST_SUITE(relaying_conformance)
 
 BOOST_AUTO_TEST_CASE(the_monitor_sink_keeps_the_laws_as_payload) { keeps_the_laws(true, false); }
 BOOST_AUTO_TEST_CASE(the_monitor_sink_keeps_the_laws_over_tcp) { keeps_the_laws(false, false); }
+BOOST_AUTO_TEST_CASE(the_monitor_sink_keeps_the_laws_by_reference) { keeps_the_laws(true, true); }
 
 BOOST_AUTO_TEST_SUITE_END()

@@ -31,6 +31,9 @@ public:
         if (auto pool = std::move(pool_)) end_(pool.get(), index_);
     }
 
+    /// Never gives itself back: the bytes stay as they are for as long as there is the pool, which is not kept for it.
+    void keep_for_good() noexcept { pool_.reset(); }
+
 private:
     std::shared_ptr<void> pool_;
     std::size_t index_ = 0;

@@ -14,13 +14,20 @@ namespace {
 using clock = std::chrono::steady_clock;
 
 constexpr std::chrono::milliseconds between_tries{20};
-constexpr std::chrono::milliseconds goodbye_limit{1'000};
+constexpr std::chrono::milliseconds least_goodbye{20};
+constexpr std::chrono::milliseconds looks_up_every{20};  ///< who waits for the end of a connection that was lost
 
 }  // namespace
 
 relay::relay(address where, std::string store, monitor_sink_options options) : where_(std::move(where)), store_(std::move(store)), options_(std::move(options)) {}
 
 relay::~relay() {
+    auto const until = clock::now() + options_.goodbye_limit;
+    {
+        // Blocks of a connection that was lost come back with the next one, which is then said goodbye to.
+        std::unique_lock lock(mutex_);
+        if (runner_.joinable()) changed_.wait_until(lock, until, [&] { return !current_ || !current_->is_lost() || settled_ == current_.get(); });
+    }
     std::shared_ptr<session> last;
     ending_ = true;
     {
@@ -28,7 +35,7 @@ relay::~relay() {
         std::lock_guard lock(mutex_);
         last = current_;
     }
-    if (last) last->finish(goodbye_limit);
+    if (last) last->finish(std::max(std::chrono::duration_cast<std::chrono::milliseconds>(until - clock::now()), least_goodbye));
     runner_.request_stop();
     if (runner_.joinable()) runner_.join();
 }
@@ -115,6 +122,12 @@ std::shared_ptr<session> relay::greet(std::unique_ptr<dialogue> open) {
     return std::make_shared<session>(std::move(open), greeting, std::move(settings));
 }
 
+std::shared_ptr<session> relay::greet_again(std::unique_ptr<dialogue> open, session const& last) {
+    // What this run has committed is not what it was to start over from, or to replace.
+    if (last.saw_durable() || (last.saw_commit() && !hello_.overwrite)) hello_.fresh = hello_.overwrite = false;
+    return greet(std::move(open));
+}
+
 void relay::install(std::shared_ptr<session> s) {
     {
         std::lock_guard lock(mutex_);
@@ -133,10 +146,8 @@ std::shared_ptr<session> relay::connected() {
     if (!last) throw error(errc::out_of_order, "a monitor is introduced to a run before its first save");
     if (!last->is_lost()) return last;
     if (clock::now() < not_before_) throw lost(where_.text(), last->why_lost());
-    // What this run has committed is not what it was to start over from, or to replace.
-    if (last->saw_durable() || (last->saw_commit() && !hello_.overwrite)) hello_.fresh = hello_.overwrite = false;
     try {
-        auto anew = greet(reach());
+        auto anew = greet_again(reach(), *last);
         install(anew);
         return anew;
     } catch (error const& e) {
@@ -163,26 +174,48 @@ void relay::run(std::stop_token stop) {
             if (!changed_.wait(lock, stop, [&] { return current_ != ran; }) && current_ == ran) return;
             ran = current_;
         }
-        auto loans = ran->run();
-        if (!loans.empty()) recover(ran);
-        // Whoever read these blocks has gone, or has let go of them.
+        settle(*ran, ran->run());
+        ran->close();
+        {
+            std::lock_guard lock(mutex_);
+            settled_ = ran.get();
+        }
+        changed_.notify_all();
     }
 }
 
-/// Blocks that were lent to a connection that ended may still be read by the monitor, if it is alive: its welcome says that it
-/// is done. Where it cannot be reached it is dead, and nothing reads them.
-void relay::recover(std::shared_ptr<session> const& lost) noexcept {
+/// Blocks that were lent to a connection that ended may still be read by the monitor, if it is alive: they end when its welcome
+/// says that it is done, or when it has died. Meanwhile they stay as they are.
+void relay::settle(session& ended, session::loans loans) noexcept {
+    while (!loans.empty()) {
+        if (try_to_settle(ended)) return;
+        if (ending_) break;
+        ended.await_end(std::min(options_.retry_after, looks_up_every));
+    }
+    for (auto& [where, l] : loans) l.keep_for_good();
+}
+
+/// Whether what was lent to it is read no more.
+bool relay::try_to_settle(session& ended) noexcept {
+    std::lock_guard connecting(connecting_);
+    {
+        std::lock_guard lock(mutex_);
+        if (current_.get() != &ended) return true;  // another one was welcomed
+        // The sink has said goodbye, and the monitor has ended the connection: it lets go first.
+        if (ending_) return ended.ended_by_monitor();
+    }
+    if (clock::now() < not_before_) return false;
+    bool reached = false;
     try {
-        std::lock_guard connecting(connecting_);
-        {
-            std::lock_guard lock(mutex_);
-            if (current_ != lost) return;
-        }
-        if (ending_) return;
-        if (lost->saw_durable() || (lost->saw_commit() && !hello_.overwrite)) hello_.fresh = hello_.overwrite = false;
-        install(greet(try_to_reach()));
+        auto open = ended.ended_by_monitor() ? try_to_reach() : reach();
+        reached = true;
+        install(greet_again(std::move(open), ended));
+        return true;
     } catch (std::exception const&) {
-        // The next save tries again, and says why it fails.
+        // Nobody is there any more; or it is another one, or overloaded, and the next save says why it fails.
+        if (!reached && ended.ended_by_monitor()) return true;
+        not_before_ = clock::now() + options_.retry_after;
+        return false;
     }
 }
 

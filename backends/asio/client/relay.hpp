@@ -41,7 +41,9 @@ private:
     std::shared_ptr<session> connected();
     void install(std::shared_ptr<session> s);
     void run(std::stop_token stop);
-    void recover(std::shared_ptr<session> const& lost) noexcept;
+    void settle(session& ended, session::loans loans) noexcept;
+    bool try_to_settle(session& ended) noexcept;
+    std::shared_ptr<session> greet_again(std::unique_ptr<dialogue> open, session const& last);
     file_descriptor receive_image(dialogue& from, wire::image const& about);
 
     address const where_;
@@ -57,6 +59,7 @@ private:
     mutable std::mutex mutex_;
     std::condition_variable_any changed_;
     std::shared_ptr<session> current_;
+    session const* settled_ = nullptr;  ///< the last one whose loans have all ended, or are kept for good
     std::uint64_t next_save_ = 0;
     std::jthread runner_;
 };

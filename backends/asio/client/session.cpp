@@ -3,6 +3,7 @@
 #include <boost/asio/post.hpp>
 
 #include <algorithm>
+#include <thread>
 
 namespace varve::asio::client {
 
@@ -110,6 +111,27 @@ session::loans session::run() noexcept {
     lose("it ended");
     std::lock_guard lock(mutex_);
     return std::exchange(loans_, {});
+}
+
+void session::await_end(std::chrono::milliseconds limit) noexcept try {
+    if (!left_open_ || ended_by_monitor_) return std::this_thread::sleep_for(limit);
+    if (!std::exchange(awaiting_, true))
+        dialogue_->stream().read(rest_, 1, [this](std::error_code ec, std::size_t) {
+            awaiting_ = false;
+            if (ec && left_open_) ended_by_monitor_ = true;
+        });
+    dialogue_->context().restart();
+    for (auto const until = clock::now() + limit; awaiting_ && dialogue_->context().run_one_until(until) > 0;) {}
+} catch (std::exception const&) {
+    std::this_thread::sleep_for(limit);
+}
+
+void session::close() noexcept try {
+    if (!std::exchange(left_open_, false)) return;
+    dialogue_->stream().close();
+    dialogue_->context().restart();
+    dialogue_->context().run();
+} catch (std::exception const&) {
 }
 
 void session::finish(std::chrono::milliseconds limit) noexcept {
@@ -271,7 +293,8 @@ void session::pump() {
             writing_.push_back(std::move(next));
             queue_.pop_front();
         }
-        over = writing_.empty() && finishing_ && queue_.empty();
+        // What is on loan is waited for: the monitor ends the connection when it has let go.
+        over = writing_.empty() && finishing_ && queue_.empty() && loans_.empty();
     }
     if (over) return lose("the trainer has ended");
     if (writing_.empty()) return;
@@ -283,6 +306,8 @@ void session::pump() {
     dialogue_->stream().write(pieces, [this](std::error_code ec, std::size_t) {
         for (auto& o : std::exchange(writing_, {}))
             if (o.done.done) o.done(ec ? make_error_code(errc::monitor_lost) : std::error_code{});
+        // A Unix socket says so when its other end is closed.
+        if (ec == std::errc::broken_pipe || ec == std::errc::connection_reset) ended_by_monitor_ = true;
         if (ec)
             lose(ec.message());
         else
@@ -308,7 +333,10 @@ void session::process() {
         }
         heard_ = clock::now();
         dialogue_->buffer().filled(n);
-        if (ec && n == 0) return lose(ec.message());
+        if (ec && n == 0) {
+            ended_by_monitor_ = true;
+            return lose(ec.message());
+        }
         process();
     });
 }
@@ -324,11 +352,14 @@ void session::take(wire::message type, std::span<std::byte const> payload) {
             pump();
         } else if constexpr (std::same_as<Message, wire::release>) {
             loan ended;
-            std::lock_guard lock(mutex_);
-            auto it = loans_.find({m.region, m.region_offset});
-            if (it == loans_.end()) refuse("a block comes back that was not lent");
-            ended = std::move(it->second);
-            loans_.erase(it);
+            {
+                std::lock_guard lock(mutex_);
+                auto it = loans_.find({m.region, m.region_offset});
+                if (it == loans_.end()) refuse("a block comes back that was not lent");
+                ended = std::move(it->second);
+                loans_.erase(it);
+            }
+            pump();
         } else if constexpr (std::same_as<Message, wire::crash_safe>) {
             if (auto const save = find(m.save)) save->crash_safe();
         } else if constexpr (std::same_as<Message, wire::durable>) {
@@ -344,7 +375,7 @@ void session::take(wire::message type, std::span<std::byte const> payload) {
             items.push_back(outgoing_of(wire::pong{}));
             enqueue(std::move(items), true);
         } else if constexpr (std::same_as<Message, wire::refusal>) {
-            throw error(m.code, m.text);
+            lose(m.text, !settings_.regions.empty());
         } else {
             refuse("out of place");
         }
@@ -367,7 +398,8 @@ void session::watch_silence() {
     });
 }
 
-void session::lose(std::string const& why) noexcept {
+/// Left open, it is only listened to from then on: see await_end().
+void session::lose(std::string const& why, bool leave_open) noexcept {
     std::deque<outgoing> unsent;
     std::map<std::uint64_t, std::shared_ptr<relayed_save>> waiting;
     {
@@ -380,7 +412,11 @@ void session::lose(std::string const& why) noexcept {
         unsent.swap(queue_);
         waiting.swap(saves_);
     }
-    dialogue_->stream().close();
+    left_open_ = leave_open;
+    if (leave_open)
+        dialogue_->context().stop();
+    else
+        dialogue_->stream().close();
     silence_.cancel();
     end_.cancel();
     for (auto const& o : unsent)

@@ -2,6 +2,7 @@
 
 #include <boost/asio/steady_timer.hpp>
 
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <cstdint>
@@ -70,7 +71,14 @@ public:
     /// Until the connection is lost, or finish() is over: then nothing is in flight any more. Returns the loans that the
     /// monitor had not ended.
     loans run() noexcept;
-    /// Sends what is queued and goodbye, for at most that long; run() returns then.
+    /// Once run() has returned, on its thread: waits for the monitor to end a connection that it has refused to go on with.
+    void await_end(std::chrono::milliseconds limit) noexcept;
+    /// Whether it was the monitor that ended the connection: it has died, or reads what was lent no more.
+    bool ended_by_monitor() const noexcept { return ended_by_monitor_; }
+    /// Once run() has returned, on its thread.
+    void close() noexcept;
+    /// Sends what is queued and goodbye, and waits until the monitor has let go of what was lent, for at most that long; run()
+    /// returns then.
     void finish(std::chrono::milliseconds limit) noexcept;
 
     bool is_lost() const noexcept;
@@ -108,7 +116,7 @@ private:
     void take(wire::message type, std::span<std::byte const> payload);
     std::shared_ptr<relayed_save> find(std::uint64_t id);
     void watch_silence();
-    void lose(std::string const& why) noexcept;
+    void lose(std::string const& why, bool leave_open = false) noexcept;
 
     std::unique_ptr<dialogue> dialogue_;
     session_settings const settings_;
@@ -124,7 +132,10 @@ private:
     std::string why_;
     std::map<std::uint64_t, std::shared_ptr<relayed_save>> saves_;
     loans loans_;
-    std::atomic<bool> saw_durable_{false}, saw_commit_{false};
+    std::atomic<bool> saw_durable_{false}, saw_commit_{false}, ended_by_monitor_{false};
+    // The running thread's.
+    bool left_open_ = false, awaiting_ = false;
+    std::array<std::byte, 4096> rest_;  ///< what comes when nobody reads it any more
 };
 
 }  // namespace varve::asio::client

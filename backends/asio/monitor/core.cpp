@@ -217,7 +217,15 @@ void core::attach_trainer(std::filesystem::path const& path, wire::hello hello, 
             in.drop_lingering(path);
         });
     };
-    hooks.ended = [in_map, path](std::unique_ptr<kept_image> kept) {
+    hooks.more_memory = [self = weak_from_this(), path](std::uint64_t bytes) -> std::optional<memory_budget::lease> {
+        auto const core = self.lock();
+        if (!core) return std::nullopt;
+        std::lock_guard lock(core->mutex_);
+        core->make_room(path, bytes);
+        return core->budget_.take(bytes);
+    };
+    hooks.ended = [in_map, path, let_go = call.let_go](std::unique_ptr<kept_image> kept) {
+        let_go();
         in_map([path, kept = std::move(kept)](core& in, std::shared_ptr<held_store> store) mutable {
             store.reset();
             in.store_closed(path, std::move(kept));
@@ -232,7 +240,17 @@ void core::attach_trainer(std::filesystem::path const& path, wire::hello hello, 
     first_trainer_.cancel();
 }
 
-/// With the mutex held. What lingers on disk too gives way to who trains.
+/// With the mutex held. What lingers and is on disk too gives way.
+void core::make_room(std::filesystem::path const& path, std::uint64_t bytes) {
+    if (budget_.free_bytes() >= bytes) return;
+    if (auto it = lingering_.find(path); it != lingering_.end() && it->second.image->durable) drop_lingering(path);
+    for (auto it = lingering_.begin(); it != lingering_.end() && budget_.free_bytes() < bytes;) {
+        auto const& [other, l] = *it++;
+        if (l.image->durable) drop_lingering(std::filesystem::path(other));
+    }
+}
+
+/// With the mutex held.
 memory_budget::lease core::take_memory(std::filesystem::path const& path, wire::hello const& hello) {
     std::uint64_t least = 0, most = 0;
     for (auto bytes : hello.region_bytes) least += bytes;
@@ -241,13 +259,7 @@ memory_budget::lease core::take_memory(std::filesystem::path const& path, wire::
         most = held_store::wanted_bytes(hello);
         least = std::min<std::uint64_t>(most, 2 * hello.block_bytes);
     }
-    if (budget_.free_bytes() < most) {
-        if (auto it = lingering_.find(path); it != lingering_.end() && it->second.image->durable) drop_lingering(path);
-        for (auto it = lingering_.begin(); it != lingering_.end() && budget_.free_bytes() < most;) {
-            auto const& [other, l] = *it++;
-            if (l.image->durable) drop_lingering(std::filesystem::path(other));
-        }
-    }
+    make_room(path, most);
     auto lease = budget_.take(std::clamp(budget_.free_bytes(), least, most));
     if (!lease)
         throw error(std::make_error_code(std::errc::not_enough_memory),

@@ -57,6 +57,7 @@ public:
         std::function<void(std::shared_ptr<held_store>, wire::welcome const&)> good;  ///< the store is null but for a trainer
         std::function<void(error const&)> refused;
         std::function<void(notice)> tell;
+        std::function<void()> let_go;  ///< once the store has ended: the trainer's pool is read no more
         std::function<bool()> still_there;
         std::string peer;
     };
@@ -84,6 +85,7 @@ private:
     void accept(std::size_t listener);
     void wait_for_store(std::filesystem::path const& path, bool busy, wire::hello hello, std::vector<file_descriptor> regions, bool over_network, attached call);
     void attach_trainer(std::filesystem::path const& path, wire::hello hello, std::vector<file_descriptor> regions, attached call);
+    void make_room(std::filesystem::path const& path, std::uint64_t bytes);
     memory_budget::lease take_memory(std::filesystem::path const& path, wire::hello const& hello);
     void store_opened(std::filesystem::path const& path, std::shared_ptr<held_store> const& store, opened_store const& found, attached const& call);
     void store_closed(std::filesystem::path const& path, std::unique_ptr<kept_image> kept);

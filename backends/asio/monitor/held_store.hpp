@@ -47,6 +47,8 @@ struct store_hooks {
     std::function<void(error const&)> not_opened;
     std::function<void(notice)> tell;
     std::function<void()> became_durable;
+    /// Memory on top of what the store has; nothing where there is no room for it. With no lock held.
+    std::function<std::optional<memory_budget::lease>(std::uint64_t bytes)> more_memory;
     /// The last call, once the trainer has gone and everything crash-safe is committed: the store is closed.
     std::function<void(std::unique_ptr<kept_image>)> ended;
     std::function<void(std::string const&)> log;  ///< with no lock held

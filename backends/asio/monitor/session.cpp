@@ -179,6 +179,7 @@ void session::take(wire::hello m) {
     state_ = state::attaching;
     purpose_ = m.purpose;
     store_name_ = m.store;
+    bool const lends = !m.region_bytes.empty();
     auto weak = weak_from_this();
     auto posted = [weak, executor = stream_->executor()](auto call) {
         boost::asio::post(executor, [weak, call = std::move(call)] {
@@ -187,22 +188,24 @@ void session::take(wire::hello m) {
     };
     core_->attach(std::move(m), std::move(descriptors), over_network_,
                   {.good =
-                       [weak, executor = stream_->executor(), in = core_](std::shared_ptr<held_store> store, wire::welcome const& w) {
-                           boost::asio::post(executor, [weak, in, store, w] {
+                       [weak, lends, executor = stream_->executor(), in = core_](std::shared_ptr<held_store> store, wire::welcome const& w) {
+                           boost::asio::post(executor, [weak, lends, in, store, w] {
                                auto const self = weak.lock();
-                               if (self && self->state_ < state::ending) return self->welcome(store, w);
+                               if (self && self->state_ < state::ending) return self->welcome(store, w, lends);
                                if (store) in->detach(store, false);
                            });
                        },
                    .refused = [posted](error const& e) { posted([e](session& self) { self.fail(e); }); },
                    .tell = [posted](notice n) { posted([n = std::move(n)](session& self) { std::visit([&](auto const& m) { self.send(m); }, n); }); },
+                   .let_go = [posted] { posted([](session& self) { self.let_go(); }); },
                    .still_there = [weak] { return !weak.expired(); },
                    .peer = peer_});
 }
 
-void session::welcome(std::shared_ptr<held_store> const& store, wire::welcome const& w) {
+void session::welcome(std::shared_ptr<held_store> const& store, wire::welcome const& w, bool lends) {
     state_ = state::serving;
     store_ = store;
+    reads_pool_ = store && lends;
     guarded([&] { send(w); });
 }
 
@@ -313,13 +316,25 @@ void session::fail(error const& why) {
     write();
 }
 
+/// A trainer that sees the connection end may fill its blocks again: where it lent some, that is once they are read no more.
 void session::close() {
     if (state_ == state::closed) return;
-    state_ = state::closed;
+    state_ = reads_pool_ ? state::ending : state::closed;
+    if (store_) core_->detach(std::exchange(store_, nullptr), farewell_);
+    if (reads_pool_) return;
     timer_.cancel();
     stream_->close();
-    if (store_) core_->detach(std::exchange(store_, nullptr), farewell_);
     core_->ended(this);
+}
+
+void session::let_go() {
+    reads_pool_ = false;
+    if (state_ != state::ending) return;
+    if (out_.empty()) return close();
+    timer_.expires_after(farewell_limit);
+    timer_.async_wait([self = shared_from_this()](boost::system::error_code ec) {
+        if (!ec) self->close();
+    });
 }
 
 void session::tick() {

@@ -64,7 +64,8 @@ private:
     template <class Message>
     void take(Message const&) {}
     held_store& trainers() const;
-    void welcome(std::shared_ptr<held_store> const& store, wire::welcome const& w);
+    void welcome(std::shared_ptr<held_store> const& store, wire::welcome const& w, bool lends);
+    void let_go();
 
     template <class Message>
     void send(Message const& m, std::vector<file_descriptor> descriptors = {});
@@ -104,6 +105,7 @@ private:
     std::string store_name_;
     std::shared_ptr<held_store> store_;
     bool farewell_ = false;
+    bool reads_pool_ = false;  ///< blocks of the trainer's pool, until the store has ended
 };
 
 }  // namespace varve::asio::server

@@ -14,7 +14,8 @@
 
 namespace varve::asio::server {
 
-/// A trainer's memory, mapped here too: it stays when the trainer goes. Move-only.
+/// A trainer's memory, mapped here too: it stays when the trainer goes. Nothing here changes it, nor gives any of it back to
+/// the system: a trainer whose connection alone has ended goes on using it. Move-only.
 class shared_region {
 public:
     /// Throws errc::malformed for a descriptor that is no memory of that size, or whose size somebody could still change:
@@ -39,11 +40,6 @@ public:
     }
 
     std::span<std::byte> bytes() const noexcept { return {data_, size_}; }
-
-    /// Gives the pages back to the system; they read as zeros afterwards.
-    void punch(std::size_t offset, std::size_t size) const noexcept {
-        if (size > 0) ::fallocate(memory_.get(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, static_cast<off_t>(offset), static_cast<off_t>(size));
-    }
 
 private:
     file_descriptor memory_;

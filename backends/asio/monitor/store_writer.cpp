@@ -278,9 +278,15 @@ void held_store::hash_loop(std::stop_token stop) {
     }
 }
 
-/// Copies a whole save out of the pool, which is given back to the system piece by piece: never more is held than before.
+/// Copies a whole save. Out of a trainer's pool that takes memory of its own; blocks that came as payload are freed meanwhile,
+/// so that never more is held than before.
 std::unique_ptr<kept_image> held_store::keep_in_memory(held_save& s) {
     auto out = std::make_unique<kept_image>();
+    if (by_reference_) {
+        auto more = hooks_.more_memory(image_.size_bytes);
+        if (!more) return nullptr;
+        out->lease = std::move(*more);
+    }
     out->step = s.step;
     out->durable = s.sequence != 0;
     out->size_bytes = image_.size_bytes;
@@ -302,30 +308,16 @@ std::unique_ptr<kept_image> held_store::keep_in_memory(held_save& s) {
             s.header = std::make_shared<varve::detail::aligned_bytes>(format_.header(layout_, image_, {s.step, s.sequence, s.metadata}, s.digests));
         }
         out->sequence = s.sequence;
-        std::vector<std::vector<std::pair<std::size_t, std::size_t>>> kept(regions_.size());
-        for (auto const& b : s.blocks)
-            if (by_reference_) kept[b.region].emplace_back(b.region_offset, b.size_bytes);
-        for (std::size_t r = 0; r < regions_.size(); ++r) {
-            std::sort(kept[r].begin(), kept[r].end());
-            std::size_t at = 0;
-            for (auto [offset, size] : kept[r]) {
-                regions_[r].punch(at, offset - at);
-                at = offset + size;
-            }
-            regions_[r].punch(at, regions_[r].bytes().size() - at);
-        }
         if (!put(s.header->bytes(), 0)) return nullptr;
         for (auto& b : s.blocks) {
             if (!put({b.data, b.size_bytes}, b.offset_bytes)) return nullptr;
-            if (by_reference_)
-                regions_[b.region].punch(b.region_offset, b.size_bytes);
-            else
-                b.own.reset();
+            b.own.reset();
         }
     } catch (std::exception const&) {
         return nullptr;
     }
     ::fcntl(out->memory.get(), F_ADD_SEALS, F_SEAL_WRITE | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL);
+    if (by_reference_) return out;
     lease_.shrink(image_.size_bytes);
     out->lease = std::move(lease_);
     return out;

@@ -37,6 +37,9 @@ struct monitor_sink_options {
     std::chrono::milliseconds welcome_limit{60'000};
     std::chrono::milliseconds silence_limit{15'000};  ///< a monitor that pings, and then says nothing for so long, is lost
     std::chrono::milliseconds retry_after{1'000};     ///< a monitor that could not be reached is not tried before
+    /// For the end of a sink whose blocks the monitor still has: it finishes what is crash-safe, copies the newest checkpoint,
+    /// and lets go of the pool. What it has not let go of by then is not filled again for as long as there is the pool.
+    std::chrono::milliseconds goodbye_limit{5'000};
 };
 
 /// Hands checkpoints to a monitor, a process on this host or another that commits them and outlives this one.
@@ -44,7 +47,8 @@ struct monitor_sink_options {
 /// On a Unix socket, with a staging in shared memory (see shared_pool), no byte of a tensor is sent: the monitor reads the
 /// staging's blocks where they are, and a block is filled again only once the monitor has let go of it. Elsewhere blocks
 /// are sent, as many at once as the monitor has room for. When the monitor is lost the saves in flight fail with
-/// errc::monitor_lost, the blocks come back, and training goes on; the next save finds, or has somebody start, another one.
+/// errc::monitor_lost, and training goes on; the next save finds, or has somebody start, another one. Blocks on loan come back
+/// once they are read no more: with the welcome of the next connection, or with the monitor's end.
 ///
 ///     auto pool = std::make_shared<varve::asio::shared_pool>(pool_bytes, block_bytes);
 ///     varve::checkpointer ck(state, varve::host_staging(pool->memory(), block_bytes, pool), varve::async<2>{},
@@ -77,7 +81,8 @@ public:
     monitor_sink(address where, std::string store, monitor_sink_options options = {});
     monitor_sink(monitor_sink&&) noexcept;
     monitor_sink& operator=(monitor_sink&&) noexcept;
-    /// Says goodbye. What the monitor has whole it commits all the same.
+    /// Says goodbye, and waits for the blocks that the monitor has, for at most goodbye_limit. What it has whole it commits all
+    /// the same.
     ~monitor_sink();
 
     /// The slot of a region of the shared pool; `unregistered` for other memory and over TCP, where blocks are sent.
