@@ -30,7 +30,7 @@ public:
     /// Whether a profiler listens.
     bool attached() const noexcept { return domain_ != nullptr; }
 
-    void on(event const& e) noexcept {
+    void on(varve::event const& e) noexcept {
         if (!domain_) return;
         try {
             auto const save = "save " + std::to_string(e.step);
