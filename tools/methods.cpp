@@ -213,7 +213,7 @@ template <class Staging, class Scheduling>
 std::unique_ptr<running_method> start_with_monitor(libtorch::training_state& training, method_settings const& s, Scheduling scheduling, method_facts facts,
                                                    std::size_t writing_at_once) {
     constexpr bool by_layer = Scheduling::copies == copy_moment::at_layer_ready;
-    constexpr bool pinned = Staging::memory == memory_kind::pinned;
+    [[maybe_unused]] constexpr bool pinned = Staging::memory == memory_kind::pinned;  // unused without CUDA
     std::uint64_t block_bytes = std::uint64_t{8} << 20;
     if (by_layer && s.buffer_bytes != 0)
         block_bytes = std::clamp<std::uint64_t>(s.buffer_bytes / block_unit_bytes * block_unit_bytes, block_unit_bytes, block_bytes);
