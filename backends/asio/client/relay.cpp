@@ -132,6 +132,7 @@ void relay::install(std::shared_ptr<session> s) {
     {
         std::lock_guard lock(mutex_);
         current_ = std::move(s);
+        settled_ = nullptr;
     }
     changed_.notify_all();
 }
