@@ -5,7 +5,10 @@
 #include <atomic>
 #include <chrono>
 #include <csignal>
+#include <filesystem>
 #include <optional>
+#include <sys/socket.h>
+#include <sys/un.h>
 #include <sys/wait.h>
 #include <thread>
 
@@ -92,6 +95,19 @@ void saves_and_restores(bool unix_socket, bool shared, Scheduling scheduling, st
     toy_model fresh(2, floats_per_block);
     varve::safetensors().restore(file.get(), fresh.state(), {});
     BOOST_TEST(fresh.is_of(6));
+}
+
+/// Ends this process's connections to a Unix socket as something in between would: neither side has died.
+int break_connections_to(std::filesystem::path const& socket) {
+    int broken = 0;
+    for (auto const& entry : std::filesystem::directory_iterator("/proc/self/fd")) {
+        int const fd = std::stoi(entry.path().filename().string());
+        sockaddr_un peer{};
+        socklen_t size = sizeof peer;
+        if (::getpeername(fd, reinterpret_cast<sockaddr*>(&peer), &size) != 0 || peer.sun_family != AF_UNIX || socket != peer.sun_path) continue;
+        if (::shutdown(fd, SHUT_RDWR) == 0) ++broken;
+    }
+    return broken;
 }
 
 }  // namespace
@@ -225,6 +241,43 @@ BOOST_AUTO_TEST_CASE(a_monitor_that_dies_is_replaced_and_no_durable_checkpoint_i
         ::kill(monitor, SIGKILL);
         ::waitpid(monitor, nullptr, 0);
     }
+}
+
+BOOST_AUTO_TEST_CASE(a_connection_that_breaks_under_a_living_trainer_spoils_no_checkpoint) {
+    workplace w;
+    varve::asio::monitor_sink_options to;
+    to.retry_after = 1ms;
+    trainer<> t(w.monitor->where(), "run", true, 12, {}, {}, to);
+    std::uint64_t n = 0;
+    int broken = 0;
+    for (int round = 0; round < (full() ? 100 : 20); ++round) {
+        auto held = t.step(++n);
+        // Now the monitor writes it from the pool, or it is still on its way there.
+        bool const safe = round % 2 == 0 && !held.crash_safe().wait_for(30s);
+        broken += break_connections_to(w.monitor->where().path);
+        if (safe && round % 4 == 0) {
+            for (auto const until = std::chrono::steady_clock::now() + 30s; !std::filesystem::exists(w.file(n)) && std::chrono::steady_clock::now() < until;)
+                std::this_thread::sleep_for(1ms);
+            BOOST_TEST(std::filesystem::exists(w.file(n)), "what was crash-safe is committed: step " << n);
+        }
+        // The same pool serves the next saves at once; they may be lost, until there is another connection.
+        for (int more = 0; more < 3; ++more) t.step(++n);
+        std::error_code outcome = errc::monitor_lost;
+        for (auto const until = std::chrono::steady_clock::now() + 30s; outcome && std::chrono::steady_clock::now() < until;)
+            outcome = t.step(++n).durable().wait_for(30s);
+        BOOST_TEST_REQUIRE(!outcome, outcome.message());
+        t.checkpointer->drain();
+        for (auto const& entry : std::filesystem::directory_iterator(w.file(n).parent_path())) {
+            if (!entry.path().filename().string().starts_with("step-")) continue;
+            auto const file = open_file(entry.path());
+            varve::safetensors().verify(file.get(), 1);
+            toy_model fresh(2, floats_per_block);
+            varve::safetensors().restore(file.get(), fresh.state(), {});
+            auto const step = varve::safetensors().identify(file.get()).step;
+            BOOST_TEST(fresh.is_of(step), "step " << step);
+        }
+    }
+    BOOST_TEST(broken > 0);
 }
 
 BOOST_AUTO_TEST_CASE(with_replace_every_step_is_crash_safe_and_the_newest_becomes_durable) {
