@@ -176,6 +176,12 @@ Staging make_staging(std::uint64_t pool_bytes, std::uint64_t block_bytes, [[mayb
         return Staging(pool_bytes, block_bytes);
 }
 
+/// The best size, or less: a layerwise save hands blocks on after --buffer-size-mb at the latest.
+std::uint64_t block_bytes_of(method_settings const& s, bool by_layer, std::uint64_t best_bytes) {
+    if (!by_layer || s.buffer_bytes == 0) return best_bytes;
+    return std::clamp<std::uint64_t>(s.buffer_bytes / block_unit_bytes * block_unit_bytes, block_unit_bytes, best_bytes);
+}
+
 /// Puts the parts together: the block's size follows from the sink and --buffer-size-mb, the pool's from the image; pools for a
 /// GPU are 256 MiB. Blocks there are no smaller than 8 MiB, so that the copies run at the bus's rate, and no larger than they
 /// must be: --batch-size-mb is then many blocks, which are copied, hashed and written side by side.
@@ -184,10 +190,8 @@ std::unique_ptr<running_method> start_with(libtorch::training_state& training, m
                                            method_facts facts, std::size_t writing_at_once) {
     constexpr bool by_layer = Scheduling::copies == copy_moment::at_layer_ready;
     constexpr bool for_gpu = Staging::memory != memory_kind::host;
-    std::uint64_t block_bytes = sink.limits().best_block_bytes;
-    if (for_gpu) block_bytes = std::max(block_bytes, std::uint64_t{8} << 20);
-    if (by_layer && s.buffer_bytes != 0)
-        block_bytes = std::clamp<std::uint64_t>(s.buffer_bytes / block_unit_bytes * block_unit_bytes, block_unit_bytes, block_bytes);
+    std::uint64_t const best_bytes = sink.limits().best_block_bytes;
+    auto const block_bytes = block_bytes_of(s, by_layer, for_gpu ? std::max(best_bytes, std::uint64_t{8} << 20) : best_bytes);
     auto image_bytes = safetensors{}.lay_out(training.state()).size_bytes;
     auto pool_bytes = s.pool_bytes != 0 ? s.pool_bytes : for_gpu ? std::uint64_t{256} << 20 : (image_bytes + block_bytes - 1) / block_bytes * block_bytes;
     auto staging = make_staging<Staging>(Staging::memory == memory_kind::device ? pool_bytes : std::min(pool_bytes, largest_pool_bytes()), block_bytes, s);
@@ -214,9 +218,7 @@ std::unique_ptr<running_method> start_with_monitor(libtorch::training_state& tra
                                                    std::size_t writing_at_once) {
     constexpr bool by_layer = Scheduling::copies == copy_moment::at_layer_ready;
     [[maybe_unused]] constexpr bool pinned = Staging::memory == memory_kind::pinned;  // unused without CUDA
-    std::uint64_t block_bytes = std::uint64_t{8} << 20;
-    if (by_layer && s.buffer_bytes != 0)
-        block_bytes = std::clamp<std::uint64_t>(s.buffer_bytes / block_unit_bytes * block_unit_bytes, block_unit_bytes, block_bytes);
+    auto const block_bytes = block_bytes_of(s, by_layer, std::uint64_t{8} << 20);
     auto const image_bytes = safetensors{}.lay_out(training.state()).size_bytes;
     std::uint64_t const images = s.busy == when_busy::replace ? 3 : 2;
     auto const wanted = s.pool_bytes != 0 ? s.pool_bytes : images * ((image_bytes + block_bytes - 1) / block_bytes) * block_bytes;
