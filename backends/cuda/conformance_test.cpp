@@ -34,8 +34,7 @@ BOOST_AUTO_TEST_CASE(pinned_staging_keeps_the_laws_for_tensors_in_gpu_memory) {
         f.place = [&](std::span<std::byte> bytes) {
             placed.push_back(std::make_unique<device_bytes>(bytes.size()));
             expect(::cudaMemcpy(placed.back()->data, bytes.data(), bytes.size(), cudaMemcpyDefault));
-            // From pageable memory it returns while the last of the way is still before it, in the default stream.
-            expect(::cudaStreamSynchronize(nullptr));
+            settle();
             return placed.back()->data;
         };
         expect_lawful(f);

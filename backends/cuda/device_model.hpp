@@ -34,10 +34,15 @@ inline bool have_gpu() {
 
 inline void expect(cudaError_t result) { varve::cuda::throw_if(result, "CUDA"); }
 
+/// Waits for what cudaMemset and cudaMemcpy, which may return before the GPU has done it, put into the default stream: streams
+/// of varve's and of a test's do not wait for that one.
+inline void settle() { expect(::cudaStreamSynchronize(cudaStreamLegacy)); }
+
 struct device_bytes {
     explicit device_bytes(std::size_t n) : size(n) {
         expect(::cudaMalloc(&data, n));
         expect(::cudaMemset(data, 0, n));
+        settle();
     }
     ~device_bytes() { ::cudaFree(data); }
     device_bytes(device_bytes const&) = delete;

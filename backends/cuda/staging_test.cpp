@@ -117,7 +117,7 @@ BOOST_AUTO_TEST_CASE(memory_that_another_process_has_too_is_page_locked_until_th
     device_bytes bytes(block);
     varve::tensor t{"t", varve::dtype::U8, {static_cast<std::int64_t>(block)}, bytes.data, {}, varve::memory_kind::device};
     expect(::cudaMemset(bytes.data, 9, block));
-    expect(::cudaDeviceSynchronize());
+    settle();
     varve::loan kept;
     auto locked = [&] {
         cudaPointerAttributes a{};
@@ -247,6 +247,7 @@ BOOST_AUTO_TEST_CASE(strided_tensors_arrive_in_row_major_order_also_from_a_snaps
         for (std::int64_t r = 0; r < rows; ++r) expected.push_back(values[static_cast<std::size_t>(r * columns + c)]);
     device_bytes memory(values.size() * 2);
     expect(::cudaMemcpy(memory.data, values.data(), memory.size, cudaMemcpyDefault));
+    settle();
     std::uint8_t odd[3] = {1, 2, 3};
     for (std::size_t snapshots : {0, 1}) {
         varve::state s;

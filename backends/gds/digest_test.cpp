@@ -45,6 +45,7 @@ BOOST_AUTO_TEST_CASE(the_kernels_digests_are_the_librarys) {
     auto bytes = bytes_of(3 * varve::digest_chunk_bytes + 4096);
     varve::cuda::device_bytes memory(bytes.size());
     expect(::cudaMemcpy(memory.data(), bytes.data(), bytes.size(), cudaMemcpyDefault));
+    settle();
     varve::cuda::page_locked found_there(4096);
     std::vector<std::size_t> sizes;
     for (std::size_t n = 0; n <= 2200; ++n) sizes.push_back(n);
@@ -64,6 +65,7 @@ BOOST_AUTO_TEST_CASE(a_whole_block_is_hashed_at_once) {
     auto bytes = bytes_of(32u << 20);
     varve::cuda::device_bytes memory(bytes.size());
     expect(::cudaMemcpy(memory.data(), bytes.data(), bytes.size(), cudaMemcpyDefault));
+    settle();
     varve::cuda::page_locked out(8 * (varve::detail::chunk_count(bytes.size()) + 1));
     auto found = on_gpu(memory.data(), bytes.size(), out, own.stream);
     BOOST_TEST((found == on_cpu(bytes, bytes.size())));

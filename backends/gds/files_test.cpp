@@ -117,6 +117,7 @@ BOOST_AUTO_TEST_CASE(gpu_memory_goes_to_a_file_and_back_registered_or_not) {
                 varve::cuda::device_bytes from((size + 4095) / 4096 * 4096), to((size + 4095) / 4096 * 4096);
                 expect(::cudaMemcpy(from.data(), bytes.data(), size, cudaMemcpyDefault));
                 expect(::cudaMemset(to.data(), 0, to.bytes().size()));
+                settle();
                 sink s({.writer_threads = 3, .direct = direct, .stripe_bytes = 1u << 20});
                 int slot = registered ? s.register_memory(from.bytes()) : varve::unregistered;
                 auto target = s.open(folder.request(0, size));

@@ -26,7 +26,7 @@ varve::conformance::staging_fixture<staging> fixture(staging::order_type order) 
         staging s(pool_bytes, block_bytes);
         // The laws fetch whole buffers, also what was not copied there.
         for (auto r : s.regions()) expect(::cudaMemset(r.data(), 0, r.size()));
-        expect(::cudaDeviceSynchronize());
+        settle();
         return s;
     }};
     f.order = order;
@@ -94,6 +94,7 @@ BOOST_AUTO_TEST_CASE(gds_staging_keeps_the_laws_for_tensors_in_gpu_memory) {
         f.place = [&](std::span<std::byte> bytes) {
             placed.push_back(std::make_unique<device_bytes>(bytes.size()));
             expect(::cudaMemcpy(placed.back()->data, bytes.data(), bytes.size(), cudaMemcpyDefault));
+            settle();
             return placed.back()->data;
         };
         expect_lawful(f);
@@ -160,6 +161,7 @@ BOOST_AUTO_TEST_CASE(digests_of_a_buffer_are_the_librarys_from_several_threads) 
     std::vector<std::byte> bytes(block - 77);
     for (std::size_t i = 0; i < bytes.size(); ++i) bytes[i] = static_cast<std::byte>(i * 7 + i / 256);
     for (auto* b : {&first, &second}) expect(::cudaMemcpy(b->data(), bytes.data(), bytes.size(), cudaMemcpyDefault));
+    settle();
     std::vector<std::uint64_t> expected(varve::detail::chunk_count(bytes.size()));
     varve::detail::chunk_digests(bytes, expected);
     std::vector<std::future<bool>> threads;
