@@ -66,8 +66,12 @@ struct adam_entry {
     std::int64_t* step = nullptr;
 };
 
-/// What one parameter has, without an allocation: every save asks for it.
-using few_tensors = ::c10::SmallVector<::at::Tensor, 3>;
+/// What one parameter has, without an allocation or a count of references: every save asks for it. Valid until the optimizer
+/// changes it.
+struct kept_tensors {
+    ::c10::SmallVector<::at::Tensor const*, 3> tensors;
+    void const* entry = nullptr;  ///< the state map's
+};
 
 /// The optimizers whose state can be saved, behind one interface; every function but the first takes the state map's entry
 /// for what it is.
@@ -86,8 +90,8 @@ public:
     /// Whether the optimizer would keep the state that adopt() found, under the options of now.
     virtual bool still_keeps(std::size_t group, parameter_state const& s) const = 0;
 
-    /// The tensors that the optimizer has for the parameter, in the order of `s`; empty where it has none.
-    virtual few_tensors now(optimizer_state_key const& key, parameter_state const& s) const = 0;
+    /// What the optimizer has for the parameter, in the order of `s`; no tensors where it has nothing.
+    virtual kept_tensors now(optimizer_state_key const& key, parameter_state const& s) const = 0;
     virtual std::int64_t step(optimizer_state_key const& key) const = 0;
     /// Makes the optimizer keep `s` with that count; drops what it has where `set` is false.
     virtual void give(optimizer_state_key const& key, parameter_state const& s, std::int64_t step, bool set) = 0;
@@ -140,12 +144,12 @@ public:
 
     bool still_keeps(std::size_t group, parameter_state const& s) const override { return !options_of(group).amsgrad() || s.tensors.size() == 3; }
 
-    few_tensors now(optimizer_state_key const& key, parameter_state const& s) const override {
+    kept_tensors now(optimizer_state_key const& key, parameter_state const& s) const override {
         auto it = optimizer_.state().find(key);
         if (it == optimizer_.state().end()) return {};
         auto& of = static_cast<State&>(*it->second);
-        few_tensors out{of.exp_avg(), of.exp_avg_sq()};
-        if (s.tensors.size() == 3) out.push_back(of.max_exp_avg_sq());
+        kept_tensors out{{&of.exp_avg(), &of.exp_avg_sq()}, &*it};
+        if (s.tensors.size() == 3) out.tensors.push_back(&of.max_exp_avg_sq());
         return out;
     }
 
@@ -215,10 +219,10 @@ public:
 
     bool still_keeps(std::size_t group, parameter_state const& s) const override { return options_of(group).momentum() == 0 || !s.tensors.empty(); }
 
-    few_tensors now(optimizer_state_key const& key, parameter_state const&) const override {
+    kept_tensors now(optimizer_state_key const& key, parameter_state const&) const override {
         auto it = optimizer_.state().find(key);
         if (it == optimizer_.state().end()) return {};
-        return {static_cast<state_type&>(*it->second).momentum_buffer()};
+        return {{&static_cast<state_type&>(*it->second).momentum_buffer()}, &*it};
     }
 
     std::int64_t step(optimizer_state_key const&) const override { return 0; }

@@ -62,7 +62,16 @@ varve::tensor described(std::string name, ::at::Tensor const& t) {
             .memory = t.is_cuda() ? memory_kind::device : memory_kind::host};
 }
 
-bool still(::at::Tensor const& t, varve::tensor const& as) {
+watched_tensor::watched_tensor(::at::Tensor const& t, varve::tensor as)
+    : impl_(t.unsafeGetTensorImpl()), storage_(t.storage().unsafeGetStorageImpl()), data_(t.data_ptr()), type_(t.dtype()),
+      dimensions_(static_cast<std::size_t>(t.dim())), as_(std::make_shared<varve::tensor const>(std::move(as))) {
+    if (dimensions_ > most_dimensions) return;
+    std::copy(t.sizes().begin(), t.sizes().end(), sizes_.begin());
+    std::copy(t.strides().begin(), t.strides().end(), strides_.begin());
+}
+
+bool watched_tensor::matches(::at::Tensor const& t) const {
+    auto const& as = *as_;
     if (!t.defined() || t.layout() != ::at::kStrided || t.data_ptr() != as.data || dtype_of(t) != as.type || t.sizes() != ::at::IntArrayRef(as.shape))
         return false;
     return as.strides.empty() ? t.is_contiguous() : t.strides() == ::at::IntArrayRef(as.strides);

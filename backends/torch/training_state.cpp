@@ -5,6 +5,7 @@
 #include <torch/nn/module.h>
 
 #include <algorithm>
+#include <cstring>
 #include <deque>
 #include <mutex>
 #include <set>
@@ -17,11 +18,14 @@
 
 namespace varve::libtorch {
 
-using detail::described, detail::still;
+using detail::described, detail::watched_tensor;
 
 namespace {
 
 varve::tensor scalar(std::string name, varve::dtype type, void* data) { return {std::move(name), type, {}, data, {}}; }
+
+/// Of a generator's state, which is bytes in host memory and as long as ever: without LibTorch's dispatcher, which costs more.
+void copy_bytes(::at::Tensor const& from, ::at::Tensor const& to) { std::memcpy(to.data_ptr(), from.data_ptr(), to.nbytes()); }
 
 }  // namespace
 
@@ -29,23 +33,22 @@ struct training_state::parts {
     /// A tensor that is saved from where it is.
     struct fixed {
         ::at::Tensor tensor;
-        std::size_t layer, index;
+        watched_tensor watched;
     };
     /// One that is saved from a copy.
     struct mirrored {
         ::at::Tensor live, copy;
-        std::size_t layer;
-        varve::tensor as;  ///< what the live one was when it was added
+        watched_tensor watched;
     };
     struct optimized {
         ::at::Tensor parameter;  // keeps the key's address taken
         detail::optimizer_state_key key;
         std::size_t layer, group;
         detail::parameter_state state;
-        std::vector<varve::tensor> as;
         std::int64_t* step = nullptr;
         std::uint8_t* set = nullptr;
-        bool used = false;  ///< whether the optimizer uses the state's tensors
+        bool used = false;                    ///< whether the optimizer uses the state's tensors
+        void const* seen[2]{nullptr, nullptr};  ///< where it had them when it was last asked, only to be fetched ahead
     };
     template <class T>
     struct bound {
@@ -73,6 +76,7 @@ struct training_state::parts {
     std::vector<fixed> parameters;
     std::vector<mirrored> mirrors;
     std::vector<optimized> of_optimizer;
+    std::vector<watched_tensor> watched_of_optimizer;  ///< one after the other's
     std::vector<std::vector<std::size_t>> mirrors_of_layer, optimized_of_layer;  ///< indices in the two above
     std::vector<option> group_options;
     std::vector<bound<std::int64_t>> user_integers;
@@ -95,7 +99,7 @@ struct training_state::parts {
     void mirror(std::string name, ::at::Tensor const& live, std::size_t layer, varve::state& s);
     std::unique_ptr<layerwise_updater::lists> lists(varve::state const& s) const;
 
-    std::error_code recheck(varve::state const& s) const;
+    std::error_code recheck();
     void refresh(std::size_t layer, std::size_t run);
     void restored();
 };
@@ -106,7 +110,7 @@ void training_state::parts::mirror(std::string name, ::at::Tensor const& live, s
     s.layers[layer].tensors.push_back(described(std::move(name), copy));
     mirrors_of_layer.resize(s.layers.size());
     mirrors_of_layer[layer].push_back(mirrors.size());
-    mirrors.push_back({live, std::move(copy), layer, std::move(as)});
+    mirrors.push_back({live, std::move(copy), {live, std::move(as)}});
 }
 
 /// One layer for a module that owns parameters; then its children.
@@ -124,8 +128,9 @@ void training_state::parts::walk(::torch::nn::Module& module, std::string const&
         auto name = "model." + full(item.key());
         if (known(item.value(), name)) continue;
         if (!std::exchange(owns, true)) s.layers.push_back({path.empty() ? "model" : "model." + path, {}});
-        s.layers[index].tensors.push_back(described(name, item.value()));
-        parameters.push_back({item.value(), index, s.layers[index].tensors.size() - 1});
+        auto as = described(name, item.value());
+        s.layers[index].tensors.push_back(as);
+        parameters.push_back({item.value(), {item.value(), std::move(as)}});
         python.model.emplace_back(full(item.key()), name);
         places.emplace(item.value().unsafeGetTensorImpl(), place{std::move(name), index, true});
     }
@@ -162,18 +167,17 @@ void training_state::parts::add_optimizer(varve::state& s) {
                         .key = detail::state_key(parameter),
                         .layer = layer,
                         .group = g,
-                        .state = access->adopt(parameter, g),
-                        .as = {}};
+                        .state = access->adopt(parameter, g)};
             auto& tensors = s.layers[layer].tensors;
             for (auto const& t : o.state.tensors) {
-                o.as.push_back(described("optimizer." + name + "." + t.name, t.tensor));
-                tensors.push_back(o.as.back());
+                tensors.push_back(described("optimizer." + name + "." + t.name, t.tensor));
+                watched_of_optimizer.emplace_back(t.tensor, tensors.back());
             }
             if (o.state.counts_steps) {
                 o.step = &integers.emplace_back(access->step(o.key));
                 tensors.push_back(scalar("optimizer." + name + ".step", dtype::I64, o.step));
             }
-            o.used = !access->now(o.key, o.state).empty();
+            o.used = !access->now(o.key, o.state).tensors.empty();
             if (o.state.may_be_unset) {
                 o.set = &flags.emplace_back(o.used ? 1 : 0);
                 tensors.push_back(scalar("optimizer." + name + "." + o.state.tensors[0].name + ".set", dtype::BOOL, o.set));
@@ -234,21 +238,37 @@ std::unique_ptr<layerwise_updater::lists> training_state::parts::lists(varve::st
     return out;
 }
 
-std::error_code training_state::parts::recheck(varve::state const& s) const {
+std::error_code training_state::parts::recheck() {
     auto const& groups = optimizer.param_groups();
     bool same = groups.size() == group_sizes.size();
     for (std::size_t g = 0; same && g < groups.size(); ++g) same = groups[g].params().size() == group_sizes[g];
-    for (auto const& p : parameters) same = same && still(p.tensor, s.layers[p.layer].tensors[p.index]);
-    for (auto const& m : mirrors) same = same && still(m.live, m.as);
-    for (auto const& o : of_optimizer) {
-        if (!same || !access->still_keeps(o.group, o.state)) return errc::state_changed;
-        auto now = access->now(o.key, o.state);
-        if (now.empty() && (o.state.may_be_unset ? !o.used : o.state.tensors.empty())) continue;
-        if (now.size() != o.as.size()) return errc::state_changed;
-        if (!o.used) continue;  // the optimizer's own, until refresh
-        for (std::size_t i = 0; i < now.size(); ++i) same = same && still(now[i], o.as[i]);
+    if (!same) return errc::state_changed;
+    for (std::size_t i = 0; i < parameters.size(); ++i) {
+        if (i + detail::fetched_ahead < parameters.size()) parameters[i + detail::fetched_ahead].watched.fetch();
+        if (!parameters[i].watched.is_still(parameters[i].tensor)) return errc::state_changed;
     }
-    return same ? std::error_code() : make_error_code(errc::state_changed);
+    for (auto const& m : mirrors)
+        if (!m.watched.is_still(m.live)) return errc::state_changed;
+    auto watched = watched_of_optimizer.begin();
+    for (std::size_t i = 0; i < of_optimizer.size(); ++i) {
+        auto& o = of_optimizer[i];
+        if (i + detail::fetched_ahead < of_optimizer.size())
+            for (auto const* where : of_optimizer[i + detail::fetched_ahead].seen) __builtin_prefetch(where);
+        if (!access->still_keeps(o.group, o.state)) return errc::state_changed;
+        auto const expected = std::exchange(watched, watched + static_cast<std::ptrdiff_t>(o.state.tensors.size()));
+        for (auto w = expected; w != watched; ++w)
+            if (watched_of_optimizer.end() - w > static_cast<std::ptrdiff_t>(detail::fetched_ahead)) w[detail::fetched_ahead].fetch();
+        auto const kept = access->now(o.key, o.state);
+        auto const& now = kept.tensors;
+        if (now.empty() && (o.state.may_be_unset ? !o.used : o.state.tensors.empty())) continue;
+        if (now.size() != o.state.tensors.size()) return errc::state_changed;
+        if (!o.used) continue;  // the optimizer's own, until refresh
+        o.seen[0] = kept.entry;
+        o.seen[1] = now.empty() ? nullptr : now.front();
+        for (std::size_t t = 0; t < now.size(); ++t)
+            if (!expected[static_cast<std::ptrdiff_t>(t)].is_still(*now[t])) return errc::state_changed;
+    }
+    return {};
 }
 
 void training_state::parts::refresh(std::size_t layer, std::size_t run) {
@@ -258,9 +278,9 @@ void training_state::parts::refresh(std::size_t layer, std::size_t run) {
         auto& o = of_optimizer[i];
         if (o.step) *o.step = access->step(o.key);
         if (!o.set) continue;
-        auto now = access->now(o.key, o.state);
+        auto const now = access->now(o.key, o.state).tensors;
         if (!now.empty() && !o.used) {
-            o.state.tensors[0].tensor.copy_(now[0]);
+            o.state.tensors[0].tensor.copy_(*now[0]);
             access->give(o.key, o.state, 0, true);
             o.used = true;
         }
@@ -273,12 +293,12 @@ void training_state::parts::refresh(std::size_t layer, std::size_t run) {
     if (rng.defined()) {
         auto generator = ::at::detail::getDefaultCPUGenerator();
         std::lock_guard lock(generator.mutex());
-        rng.copy_(generator.get_state());
+        copy_bytes(generator.get_state(), rng);
     }
     for (auto& [generator, copy] : gpu_rngs) {
         std::lock_guard lock(generator.mutex());
         try {
-            copy.copy_(generator.get_state());
+            copy_bytes(generator.get_state(), copy);
         } catch (::c10::Error const&) {
             throw error(errc::unsupported, "the state of a GPU's generator cannot be read now: the stream is being captured, or the GPU has failed");
         }
@@ -331,7 +351,7 @@ training_state::training_state(::torch::nn::Module& module, ::torch::optim::Opti
     parts_->add_run(state_);
     auto const run = state_.layers.size() - 1;
     updater_ = std::make_unique<layerwise_updater>(parts_->lists(state_));
-    state_.recheck = [this] { return parts_->recheck(state_); };
+    state_.recheck = [this] { return parts_->recheck(); };
     state_.refresh = [this, run](std::size_t layer) { parts_->refresh(layer, run); };
     state_.restored = [this] { parts_->restored(); };
 }

@@ -5,6 +5,7 @@
 #include <chrono>
 #include <cstdint>
 #include <memory>
+#include <numeric>
 #include <optional>
 #include <span>
 #include <string>
@@ -108,21 +109,14 @@ public:
 
     /// Returns when layer `layer` may be updated by work in `order`: on a host when no copy reads it, on a GPU when the
     /// stream waits for those that do. Throws errc::out_of_order for a layer that the save under way has announced.
-    void before_update(std::size_t layer, order_type order = {}) {
-        timed inside(stalls_.total_ns);
-        refuse_if_announced(layer, "before_update");
-        latest_type latest;
-        wait_for_copies(layer, order, latest);
-    }
+    void before_update(std::size_t layer, order_type order = {}) { before_update_of(layer, layer + 1, order); }
 
     /// The same for layers [first, last), and for all of them: cheaper than one call a layer.
     void before_update_of(std::size_t first, std::size_t last, order_type order = {}) {
         timed inside(stalls_.total_ns);
-        latest_type latest;
-        for (auto l = first; l < last; ++l) {
-            refuse_if_announced(l, "before_update");
-            wait_for_copies(l, order, latest);
-        }
+        auto const layers = layers_from(first, last);
+        refuse_if_announced(layers, "before_update");
+        wait_for_copies(layers, order);
     }
     void before_update_all(order_type order) { before_update_of(0, state_.layers.size(), order); }
     void before_update() { before_update_all({}); }
@@ -133,11 +127,8 @@ public:
     void layers_ready(std::size_t first, std::size_t last, order_type order = {}) {
         timed inside(stalls_.total_ns);
         if (!current_) return;
-        std::vector<std::size_t> layers;
-        for (auto l = first; l < last; ++l) {
-            refuse_if_announced(l, "layer_ready");
-            layers.push_back(l);
-        }
+        auto const layers = layers_from(first, last);
+        refuse_if_announced(layers, "layer_ready");
         announce(layers, order);
     }
 
@@ -260,7 +251,8 @@ private:
     checkpointer(state& s, Staging staging, Scheduling scheduling, Sink sink, checkpointer_options options, Format format,
                  std::filesystem::path const* folder, bool durable, store_options files = {})
         : state_(s), staging_(std::move(staging)), sink_(std::move(sink)), format_(std::move(format)), observers_(options.observers), busy_(options.busy),
-          image_bytes_(s.size_bytes()) {
+          image_bytes_(s.size_bytes()), all_layers_(s.layers.size()) {
+        std::iota(all_layers_.begin(), all_layers_.end(), std::size_t{0});
         if constexpr (!streams) {
             auto layout = format_.lay_out(s);
             image_bytes_ = layout.size_bytes;
@@ -288,25 +280,29 @@ private:
         return true;
     }
 
-    using latest_type = std::optional<typename Staging::token_type>;
+    std::span<std::size_t const> layers_from(std::size_t first, std::size_t last) const { return std::span(all_layers_).subspan(first, last - first); }
 
-    void wait_for_copies(std::size_t layer, order_type order, [[maybe_unused]] latest_type& latest) {
+    void wait_for_copies(std::span<std::size_t const> layers, order_type order) {
         if constexpr (!streams) {
             if (!pipeline_->busy()) return;
             timed waiting(stalls_.wait_ns);
-            if (auto ec = pipeline_->before_update(layer, order, latest)) throw error(ec, "before_update of layer " + state_.layers[layer].name + ": " + ec.message());
+            if (auto const refused = pipeline_->before_update(layers, order))
+                throw error(refused->error, "before_update of layer " + state_.layers[refused->layer].name + ": " + refused->error.message());
         }
     }
 
-    void refuse_if_announced(std::size_t layer, char const* call) const {
-        bool announced = false;
+    bool is_announced(std::size_t layer) const {
         if constexpr (streams)
-            announced = current_ && announced_[layer];
+            return current_ && announced_[layer];
         else
-            announced = job_ && pipeline_->is_announced(*job_, layer);
-        if (announced)
-            throw error(errc::out_of_order, std::string(call) + ": layer " + state_.layers[layer].name + " was announced already in the save of step " +
-                                                std::to_string(current_->step()));
+            return job_ && pipeline_->is_announced(*job_, layer);
+    }
+
+    void refuse_if_announced(std::span<std::size_t const> layers, char const* call) const {
+        for (auto layer : layers)
+            if (is_announced(layer))
+                throw error(errc::out_of_order, std::string(call) + ": layer " + state_.layers[layer].name + " was announced already in the save of step " +
+                                                    std::to_string(current_->step()));
     }
 
     void announce(std::span<std::size_t const> layers, order_type order) {
@@ -323,8 +319,7 @@ private:
     template <class Job>
     void announce_to(Job const& job, std::span<std::size_t const> layers, order_type order) {
         // Who announces a layer without before_update has not updated it, but the hook may: an earlier save comes first.
-        latest_type latest;
-        for (auto layer : layers) wait_for_copies(layer, order, latest);
+        wait_for_copies(layers, order);
         if (state_.refresh)
             for (auto layer : layers) state_.refresh(layer);
         pipeline_->announce(*job, layers, order);
@@ -367,6 +362,7 @@ private:
     observer_list observers_;
     when_busy busy_;
     std::uint64_t image_bytes_;
+    std::vector<std::size_t> all_layers_;  ///< 0, 1, 2, ...: the training thread allocates no list of layers
     std::size_t in_flight_ = 1;
     stall_times stalls_;
     std::atomic<bool> requested_{false};

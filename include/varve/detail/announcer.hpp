@@ -3,7 +3,6 @@
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
-#include <iterator>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -15,7 +14,6 @@
 #include "varve/concepts/scheduling.hpp"
 #include "varve/concepts/sink.hpp"
 #include "varve/concepts/staging.hpp"
-#include "varve/detail/digest.hpp"
 #include "varve/detail/save_line.hpp"
 #include "varve/observer.hpp"
 #include "varve/state.hpp"
@@ -38,8 +36,7 @@ public:
     job_ptr begin(std::uint64_t step) {
         typename line_type::snapshot_type aside;
         if constexpr (snapshotting_staging<Staging>) aside = staging_.acquire_snapshot();
-        auto job =
-            std::make_shared<job_type>(step, line_.state.layers.size(), line_.blocks(), chunk_count(line_.layout.data_bytes()), std::move(aside));
+        auto job = std::make_shared<job_type>(step, line_.state.layers.size(), line_.blocks(), std::move(aside));
         job->line = &line_;
         line_.options.observers.on({.what = milestone::begin, .step = step, .bytes = line_.layout.size_bytes});
         std::lock_guard lock(line_.mutex);
@@ -47,20 +44,16 @@ public:
         return job;
     }
 
-    bool is_announced(job_type const& job, std::size_t layer) const {
-        std::lock_guard lock(line_.mutex);
-        return job.points[layer].has_value();
-    }
+    /// Without the mutex: only this thread announces.
+    bool is_announced(job_type const& job, std::size_t layer) const { return job.points[layer].has_value(); }
 
     /// The layers' tensors hold what the save is to hold, once the work in `order` is done.
     void announce(job_type& job, std::span<std::size_t const> layers, order_type order) {
         if (layers.empty()) return;
         auto point = staging_.record(order);
         for (auto layer : layers) {
-            auto const& announced = line_.state.layers[layer];
-            std::uint64_t bytes = 0;
-            for (auto const& t : announced.tensors) bytes += t.size_bytes();
-            line_.options.observers.on({.what = milestone::layer_ready, .step = job.step(), .bytes = bytes, .layer = announced.name});
+            auto const bytes = line_.layers[layer].bytes;
+            line_.options.observers.on({.what = milestone::layer_ready, .step = job.step(), .bytes = bytes, .layer = line_.state.layers[layer].name});
             job.untaken_bytes += bytes;
         }
         {
@@ -78,7 +71,8 @@ public:
             }
         }
         if (line_.copies != copy_moment::at_layer_ready) return;
-        if (!job.by_snapshot || job.untaken_bytes >= line_.layout.data_bytes() / snapshot_shares) take(job);
+        if (job.by_snapshot && job.untaken_bytes < line_.layout.data_bytes() / snapshot_shares) return;
+        take(job);
         line_.copy_work.notify_one();
     }
 
@@ -97,30 +91,38 @@ public:
         if (over) line_.commit_work.notify_one();
     }
 
-    /// Returns when nothing that reads the layer's tensors can be overtaken by work that `order` gets from now on.
-    /// `latest` is what `order` follows already, of layers before this one.
-    std::error_code before_update(std::size_t layer, order_type order, std::optional<token_type>& latest) {
+    /// Why a layer may not be updated.
+    struct refusal {
+        std::error_code error;
+        std::size_t layer;
+    };
+
+    /// Returns when nothing that reads the layers' tensors can be overtaken by work that `order` gets from now on.
+    std::optional<refusal> before_update(std::span<std::size_t const> layers, order_type order) {
         if (!busy()) return {};
-        auto& l = line_.layers[layer];
-        std::vector<token_type> copies;
+        copies_.clear();
         {
             std::unique_lock lock(line_.mutex);
-            line_.layer_copied.wait(lock, [&] { return l.uncopied == 0; });
-            copies.swap(l.copies);
-            if (std::exchange(l.busy, false)) --busy_layers_;
+            for (auto layer : layers) {
+                auto& l = line_.layers[layer];
+                line_.layer_copied.wait(lock, [&] { return l.uncopied == 0; });
+                for (auto& token : l.copies)
+                    if (!repeats(token)) copies_.push_back({layer, std::move(token)});
+                l.copies.clear();
+                if (std::exchange(l.busy, false)) --busy_layers_;
+            }
         }
-        for (std::size_t i = 0; i < copies.size(); ++i) {
-            // One snapshot has many layers.
-            if constexpr (std::equality_comparable<token_type>)
-                if (latest == copies[i]) continue;
-            auto ec = staging_.order_after(copies[i], order);
-            if (!ec) latest = copies[i];
+        for (auto copy = copies_.begin(); copy != copies_.end(); ++copy) {
+            auto const ec = staging_.order_after(copy->token, order);
             if (!ec) continue;
-            // Whoever tries again, once the stream is no longer captured, waits for all of them.
+            // Whoever tries again, once the stream is no longer captured, waits for the rest.
             std::lock_guard lock(line_.mutex);
-            l.copies.insert(l.copies.end(), copies.begin() + static_cast<std::ptrdiff_t>(i), copies.end());
-            if (!std::exchange(l.busy, true)) ++busy_layers_;
-            return ec;
+            for (auto rest = copy; rest != copies_.end(); ++rest) {
+                auto& l = line_.layers[rest->layer];
+                l.copies.push_back(rest->token);
+                if (!std::exchange(l.busy, true)) ++busy_layers_;
+            }
+            return refusal{ec, copy->layer};
         }
         return {};
     }
@@ -129,8 +131,22 @@ public:
     bool busy() const noexcept { return busy_layers_ != 0; }
 
 private:
-    /// A layerwise save puts layers aside in about so many shares: one launch for each layer would cost more than it gains.
-    static constexpr std::uint64_t snapshot_shares = 8;
+    /// A layerwise save puts layers aside in about so many shares, the last at seal: each costs the training thread some 40
+    /// microseconds, and all of the copies within the GPU take less than the update that they run beside.
+    static constexpr std::uint64_t snapshot_shares = 2;
+
+    struct layer_copy {
+        std::size_t layer;
+        token_type token;
+    };
+
+    /// One snapshot has many layers.
+    bool repeats([[maybe_unused]] token_type const& token) const {
+        if constexpr (std::equality_comparable<token_type>)
+            return !copies_.empty() && copies_.back().token == token;
+        else
+            return false;
+    }
 
     /// Puts the layers aside that were announced and are not yet in the save's snapshot.
     void take(job_type& job) {
@@ -163,7 +179,8 @@ private:
 
     line_type& line_;
     Staging& staging_;
-    std::size_t busy_layers_ = 0;  ///< announced since their last update
+    std::size_t busy_layers_ = 0;     ///< announced since their last update
+    std::vector<layer_copy> copies_;  ///< scratch
 };
 
 }  // namespace varve::detail

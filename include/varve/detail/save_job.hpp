@@ -51,9 +51,9 @@ struct save_job {
         int open_ends = 0;  ///< of its write and its hashing, those not done
     };
 
-    save_job(std::uint64_t step, std::size_t layer_count, std::size_t block_count, std::size_t chunk_count, typename snapshot_of<Staging>::type aside)
+    save_job(std::uint64_t step, std::size_t layer_count, std::size_t block_count, typename snapshot_of<Staging>::type aside)
         : ticket(std::make_shared<ticket_state>(step)), points(layer_count), snapshot(std::move(aside)), by_snapshot(snapshot), taken(layer_count),
-          blocks(block_count), chunk_digests(chunk_count) {}
+          blocks(block_count) {}
 
     std::uint64_t step() const noexcept { return ticket->step(); }
 
@@ -82,7 +82,7 @@ struct save_job {
     std::vector<std::size_t> held;  ///< staged blocks that wait for the turn
     std::size_t open_blocks = 0;    ///< between the tensors and the sink
 
-    std::vector<std::uint64_t> chunk_digests;  ///< each written once, by the worker that has its block
+    std::vector<std::uint64_t> chunk_digests;  ///< made with the first block; each written once, by the worker that has its block
 
     turn place = turn::waiting;
     std::optional<slot> file;           ///< of file sinks

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <condition_variable>
 #include <cstddef>
+#include <cstdint>
 #include <deque>
 #include <memory>
 #include <mutex>
@@ -33,8 +34,9 @@ struct save_line {
     using token_type = typename Staging::token_type;
     using snapshot_type = typename snapshot_of<Staging>::type;
 
-    /// What before_update asks about a layer.
+    /// What the training thread asks about a layer; it does not walk through the layer's tensors again.
     struct layer_copies {
+        std::uint64_t bytes = 0;
         std::size_t uncopied = 0;          ///< saves that have announced it and not copied it yet
         std::vector<token_type> copies{};  ///< that were issued since the last update
         bool busy = false;                 ///< announced since the last update; the training thread's
@@ -46,7 +48,10 @@ struct save_line {
     };
 
     save_line(varve::state const& s, image laid_out, std::size_t block_bytes, copy_moment when, checkpointer_options const& o)
-        : state(s), options(o), copies(when), layout(std::move(laid_out)), map(layout, s, block_bytes), layers(s.layers.size()) {}
+        : state(s), options(o), copies(when), layout(std::move(laid_out)), map(layout, s, block_bytes), layers(s.layers.size()) {
+        for (std::size_t l = 0; l < layers.size(); ++l)
+            for (auto const& t : s.layers[l].tensors) layers[l].bytes += t.size_bytes();
+    }
 
     std::size_t blocks() const noexcept { return map.blocks().size(); }
 
