@@ -6,6 +6,7 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <system_error>
 #include <utility>
 #include <vector>
 
@@ -14,6 +15,13 @@
 
 /// What the tests of this backend train: small, but with every kind of state that a module may have.
 namespace varve_test {
+
+/// Asks about every layer, as a save does.
+inline std::error_code recheck(varve::state const& s) {
+    for (std::size_t l = 0; l < s.layers.size(); ++l)
+        if (auto ec = s.recheck(l)) return ec;
+    return {};
+}
 
 /// A transformer, with dropout (so that the generator's state matters).
 struct small_transformer : torch::nn::Module {

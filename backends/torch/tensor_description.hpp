@@ -54,7 +54,4 @@ private:
     std::shared_ptr<varve::tensor const> as_;  ///< for those that were replaced
 };
 
-/// As many are fetched ahead of the one that is looked at.
-inline constexpr std::size_t fetched_ahead = 12;
-
 }  // namespace varve::libtorch::detail

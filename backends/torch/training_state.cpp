@@ -5,10 +5,12 @@
 #include <torch/nn/module.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <deque>
 #include <mutex>
 #include <set>
+#include <span>
 #include <unordered_map>
 #include <utility>
 
@@ -47,8 +49,9 @@ struct training_state::parts {
         detail::parameter_state state;
         std::int64_t* step = nullptr;
         std::uint8_t* set = nullptr;
-        bool used = false;                    ///< whether the optimizer uses the state's tensors
-        void const* seen[2]{nullptr, nullptr};  ///< where it had them when it was last asked, only to be fetched ahead
+        bool used = false;                   ///< whether the optimizer uses the state's tensors
+        std::size_t first_watched = 0;       ///< in watched_of_optimizer, of as many as the state has tensors
+        std::array<void const*, 2> seen{};  ///< where the optimizer had them when it was last asked; only to be fetched ahead
     };
     template <class T>
     struct bound {
@@ -77,7 +80,7 @@ struct training_state::parts {
     std::vector<mirrored> mirrors;
     std::vector<optimized> of_optimizer;
     std::vector<watched_tensor> watched_of_optimizer;  ///< one after the other's
-    std::vector<std::vector<std::size_t>> mirrors_of_layer, optimized_of_layer;  ///< indices in the two above
+    std::vector<std::vector<std::size_t>> parameters_of_layer, mirrors_of_layer, optimized_of_layer;  ///< indices in those above
     std::vector<option> group_options;
     std::vector<bound<std::int64_t>> user_integers;
     std::vector<bound<double>> user_reals;
@@ -99,7 +102,11 @@ struct training_state::parts {
     void mirror(std::string name, ::at::Tensor const& live, std::size_t layer, varve::state& s);
     std::unique_ptr<layerwise_updater::lists> lists(varve::state const& s) const;
 
-    std::error_code recheck();
+    std::span<watched_tensor const> watched_of(optimized const& o) const {
+        return std::span(watched_of_optimizer).subspan(o.first_watched, o.state.tensors.size());
+    }
+    void fetch(std::size_t layer) const;
+    std::error_code recheck(std::size_t layer, std::size_t run);
     void refresh(std::size_t layer, std::size_t run);
     void restored();
 };
@@ -130,6 +137,8 @@ void training_state::parts::walk(::torch::nn::Module& module, std::string const&
         if (!std::exchange(owns, true)) s.layers.push_back({path.empty() ? "model" : "model." + path, {}});
         auto as = described(name, item.value());
         s.layers[index].tensors.push_back(as);
+        parameters_of_layer.resize(s.layers.size());
+        parameters_of_layer[index].push_back(parameters.size());
         parameters.push_back({item.value(), {item.value(), std::move(as)}});
         python.model.emplace_back(full(item.key()), name);
         places.emplace(item.value().unsafeGetTensorImpl(), place{std::move(name), index, true});
@@ -169,6 +178,7 @@ void training_state::parts::add_optimizer(varve::state& s) {
                         .group = g,
                         .state = access->adopt(parameter, g)};
             auto& tensors = s.layers[layer].tensors;
+            o.first_watched = watched_of_optimizer.size();
             for (auto const& t : o.state.tensors) {
                 tensors.push_back(described("optimizer." + name + "." + t.name, t.tensor));
                 watched_of_optimizer.emplace_back(t.tensor, tensors.back());
@@ -214,8 +224,7 @@ void training_state::parts::add_run(varve::state& s) {
             group_options.push_back({std::move(o), copy});
         }
     for (auto& [name, buffer] : std::exchange(ownerless, {})) mirror(std::move(name), buffer, run, s);
-    mirrors_of_layer.resize(s.layers.size());
-    optimized_of_layer.resize(s.layers.size());
+    for (auto* of_layer : {&parameters_of_layer, &mirrors_of_layer, &optimized_of_layer}) of_layer->resize(s.layers.size());
 }
 
 std::unique_ptr<layerwise_updater::lists> training_state::parts::lists(varve::state const& s) const {
@@ -238,37 +247,38 @@ std::unique_ptr<layerwise_updater::lists> training_state::parts::lists(varve::st
     return out;
 }
 
-std::error_code training_state::parts::recheck() {
-    auto const& groups = optimizer.param_groups();
-    bool same = groups.size() == group_sizes.size();
-    for (std::size_t g = 0; same && g < groups.size(); ++g) same = groups[g].params().size() == group_sizes[g];
-    if (!same) return errc::state_changed;
-    for (std::size_t i = 0; i < parameters.size(); ++i) {
-        if (i + detail::fetched_ahead < parameters.size()) parameters[i + detail::fetched_ahead].watched.fetch();
-        if (!parameters[i].watched.is_still(parameters[i].tensor)) return errc::state_changed;
+void training_state::parts::fetch(std::size_t layer) const {
+    for (auto i : parameters_of_layer[layer]) parameters[i].watched.fetch();
+    for (auto i : optimized_of_layer[layer]) {
+        auto const& o = of_optimizer[i];
+        for (auto const* where : o.seen) __builtin_prefetch(where);
+        for (auto const& w : watched_of(o)) w.fetch();
     }
-    for (auto const& m : mirrors)
-        if (!m.watched.is_still(m.live)) return errc::state_changed;
-    auto watched = watched_of_optimizer.begin();
-    for (std::size_t i = 0; i < of_optimizer.size(); ++i) {
+}
+
+std::error_code training_state::parts::recheck(std::size_t layer, std::size_t run) {
+    if (layer != run) fetch(layer + 1);
+    for (auto i : parameters_of_layer[layer])
+        if (!parameters[i].watched.is_still(parameters[i].tensor)) return errc::state_changed;
+    for (auto i : mirrors_of_layer[layer])
+        if (!mirrors[i].watched.is_still(mirrors[i].live)) return errc::state_changed;
+    for (auto i : optimized_of_layer[layer]) {
         auto& o = of_optimizer[i];
-        if (i + detail::fetched_ahead < of_optimizer.size())
-            for (auto const* where : of_optimizer[i + detail::fetched_ahead].seen) __builtin_prefetch(where);
         if (!access->still_keeps(o.group, o.state)) return errc::state_changed;
-        auto const expected = std::exchange(watched, watched + static_cast<std::ptrdiff_t>(o.state.tensors.size()));
-        for (auto w = expected; w != watched; ++w)
-            if (watched_of_optimizer.end() - w > static_cast<std::ptrdiff_t>(detail::fetched_ahead)) w[detail::fetched_ahead].fetch();
         auto const kept = access->now(o.key, o.state);
         auto const& now = kept.tensors;
         if (now.empty() && (o.state.may_be_unset ? !o.used : o.state.tensors.empty())) continue;
         if (now.size() != o.state.tensors.size()) return errc::state_changed;
         if (!o.used) continue;  // the optimizer's own, until refresh
-        o.seen[0] = kept.entry;
-        o.seen[1] = now.empty() ? nullptr : now.front();
+        o.seen = {kept.entry, now.empty() ? nullptr : now.front()};
         for (std::size_t t = 0; t < now.size(); ++t)
-            if (!expected[static_cast<std::ptrdiff_t>(t)].is_still(*now[t])) return errc::state_changed;
+            if (!watched_of(o)[t].is_still(*now[t])) return errc::state_changed;
     }
-    return {};
+    if (layer != run) return {};
+    auto const& groups = optimizer.param_groups();
+    bool same = groups.size() == group_sizes.size();
+    for (std::size_t g = 0; same && g < groups.size(); ++g) same = groups[g].params().size() == group_sizes[g];
+    return same ? std::error_code() : make_error_code(errc::state_changed);
 }
 
 void training_state::parts::refresh(std::size_t layer, std::size_t run) {
@@ -351,7 +361,7 @@ training_state::training_state(::torch::nn::Module& module, ::torch::optim::Opti
     parts_->add_run(state_);
     auto const run = state_.layers.size() - 1;
     updater_ = std::make_unique<layerwise_updater>(parts_->lists(state_));
-    state_.recheck = [this] { return parts_->recheck(); };
+    state_.recheck = [this, run](std::size_t layer) { return parts_->recheck(layer, run); };
     state_.refresh = [this, run](std::size_t layer) { parts_->refresh(layer, run); };
     state_.restored = [this] { parts_->restored(); };
 }

@@ -88,7 +88,7 @@ run_result trained(make_optimizer const& make, training_state_options options, h
             else
                 for (std::size_t l = 0; l < training.state().layers.size(); ++l) training.updater().update(l);
         }));
-    BOOST_TEST(!training.state().recheck());
+    BOOST_TEST(!recheck(training.state()));
     out.state = contents(training.state());
     for (auto const& p : model.parameters()) out.parameters.push_back(p.detach().clone());
     return out;

@@ -80,14 +80,12 @@ public:
 
     /// Starts the save of `step`, the count of updates done once this step's update is, at least 1. With N saves in
     /// flight it blocks, skips or replaces, as the options say; a skipped save's loop is run all the same and does
-    /// nothing. Throws errc::state_changed, or errc::out_of_order within a save.
+    /// nothing. Throws errc::out_of_order within a save.
     ticket begin(std::uint64_t step) {
         timed inside(stalls_.total_ns);
         if (current_) throw error(errc::out_of_order, "begin: the save of step " + std::to_string(current_->step()) + " is not sealed");
         if (step == 0 || step > detail::last_step)
             throw error(std::make_error_code(std::errc::invalid_argument), "begin: steps count from 1 to " + std::to_string(detail::last_step));
-        if (state_.recheck)
-            if (auto ec = state_.recheck()) throw error(ec, "begin of step " + std::to_string(step) + ": " + ec.message());
         if constexpr (!streams) {
             if (pipeline_->in_flight() >= in_flight_ && !make_room()) {
                 current_ = std::make_shared<detail::ticket_state>(step);
@@ -122,6 +120,7 @@ public:
     void before_update() { before_update_all({}); }
 
     /// The layer's update is done, or is in `order`; a layerwise save copies it from now on. Nothing outside of a save.
+    /// Throws errc::state_changed where the layer's tensors are no longer what the state says: the save fails with it.
     void layer_ready(std::size_t layer, order_type order = {}) { layers_ready(layer, layer + 1, order); }
     /// The same for layers [first, last), whose updates were one: they become one point of `order`'s work.
     void layers_ready(std::size_t first, std::size_t last, order_type order = {}) {
@@ -133,15 +132,21 @@ public:
     }
 
     /// Ends the save: announces the layers that were not, adds the metadata, and waits for what the scheduling says.
-    /// Throws errc::out_of_order outside of a save. Errors of the save itself are the ticket's.
+    /// Throws errc::out_of_order outside of a save, and errc::state_changed as layer_ready does. Other errors of the save are
+    /// the ticket's.
     ticket seal(metadata_map metadata = {}, order_type order = {}) {
         timed inside(stalls_.total_ns);
         if (!current_) throw error(errc::out_of_order, "seal: no save was begun");
         auto outcome = std::exchange(current_, nullptr);
         ticket result(outcome);
         if constexpr (streams) {
-            for (std::size_t l = 0; l < state_.layers.size(); ++l)
-                if (!announced_[l] && state_.refresh) state_.refresh(l);
+            try {
+                for (auto l : all_layers_)
+                    if (!announced_[l]) bring_up_to_date(l);
+            } catch (...) {
+                outcome->fail(errc::state_changed);
+                throw;
+            }
             outcome->seal();
             streamer_->save(*outcome, std::move(metadata));
         } else {
@@ -308,20 +313,31 @@ private:
     void announce(std::span<std::size_t const> layers, order_type order) {
         if constexpr (streams) {
             for (auto layer : layers) {
+                bring_up_to_date(layer);
                 announced_[layer] = true;
-                if (state_.refresh) state_.refresh(layer);
             }
         } else if (job_) {
-            announce_to(job_, layers, order);
+            try {
+                announce_to(job_, layers, order);
+            } catch (error const& e) {
+                pipeline_->abandon(job_, e.code());
+                throw;
+            }
         }
+    }
+
+    /// What a layer's tensors mirror goes into them, if they are still what the state says.
+    void bring_up_to_date(std::size_t layer) {
+        if (state_.recheck)
+            if (auto ec = state_.recheck(layer)) throw error(ec, "layer " + state_.layers[layer].name + ": " + ec.message());
+        if (state_.refresh) state_.refresh(layer);
     }
 
     template <class Job>
     void announce_to(Job const& job, std::span<std::size_t const> layers, order_type order) {
         // Who announces a layer without before_update has not updated it, but the hook may: an earlier save comes first.
         wait_for_copies(layers, order);
-        if (state_.refresh)
-            for (auto layer : layers) state_.refresh(layer);
+        for (auto layer : layers) bring_up_to_date(layer);
         pipeline_->announce(*job, layers, order);
     }
 

@@ -83,8 +83,9 @@ public:
     /// Other names of a stored tensor: alias -> name.
     std::map<std::string, std::string> aliases;
 
-    /// Says whether everything is still where `layers` says; called at every save. An error ends the save with it.
-    std::function<std::error_code()> recheck;
+    /// Says whether the tensors of a layer are still where `layers` says; called with its index when that layer is announced, after
+    /// its update, before refresh. An error ends the save with it.
+    std::function<std::error_code(std::size_t)> recheck;
     /// Brings tensors that mirror other values up to date; called with a layer's index when that layer is announced.
     std::function<void(std::size_t)> refresh;
     /// Hands restored values on to where they belong; called once after a restore that succeeded.

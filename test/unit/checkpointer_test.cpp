@@ -211,12 +211,25 @@ BOOST_AUTO_TEST_CASE(a_hook_that_throws_loses_its_save_and_nothing_else) {
     BOOST_TEST(!train_step(ck, model, 2).durable().wait());
 }
 
-BOOST_AUTO_TEST_CASE(a_state_that_moved_is_an_error_at_begin) {
+BOOST_AUTO_TEST_CASE(a_layer_that_moved_is_an_error_where_it_is_announced) {
     temporary_folder dir;
     toy_model model;
-    model.state().recheck = [] { return make_error_code(errc::state_changed); };
+    bool moved = true;
+    model.state().recheck = [&](std::size_t layer) { return moved && layer == 1 ? make_error_code(errc::state_changed) : std::error_code(); };
+    auto const says_so = [](auto const& e) { return e.code() == errc::state_changed; };
     checkpointer<varve::sync> ck(model.state(), {block, block}, {}, plain_file_sink{}, dir.path(), quick_store());
-    BOOST_CHECK_EXCEPTION(ck.begin(1), varve::error, [](auto const& e) { return e.code() == errc::state_changed; });
+    auto lost = ck.begin(1);
+    BOOST_CHECK_EXCEPTION(ck.seal(), varve::error, says_so);
+    BOOST_CHECK(lost.durable().wait() == errc::state_changed);
+
+    lost = ck.begin(2);
+    ck.layer_ready(0);
+    BOOST_CHECK_EXCEPTION(ck.layer_ready(1), varve::error, says_so);
+    BOOST_CHECK(lost.durable().wait() == errc::state_changed);
+    moved = false;
+    ck.seal();
+    BOOST_TEST(!train_step(ck, model, 3).durable().wait());
+    BOOST_TEST(ck.restore()->step == 3u);
 }
 
 BOOST_AUTO_TEST_CASE(a_busy_checkpointer_skips_when_told_to) {

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -125,9 +126,13 @@ public:
         }
         for (std::size_t i = 0; i < layers.size(); ++i)
             for (auto const& t : hosts_of_[layers[i]]) {
-                if (t.source->memory == memory_kind::pinned)
+                if (t.pinned)
                     if (auto ec = points[i].wait()) return events_->mark(stream, ec);
-                varve::detail::gather(*t.source, 0, t.source->size_bytes(), to.mirror.data() + t.mirror_offset);
+                auto* const copy = to.mirror.data() + t.mirror_offset;
+                if (t.contiguous)
+                    std::memcpy(copy, t.contiguous, t.size_bytes);
+                else
+                    varve::detail::gather(*t.source, 0, t.size_bytes, copy);
             }
         std::error_code failed;
         for (std::size_t i = 0; i < layers.size() && !failed;) {
@@ -144,6 +149,10 @@ private:
         tensor const* source;
         std::uint64_t offset;         ///< in the image's data
         std::uint64_t mirror_offset;  ///< of tensors in host memory
+        // What every save needs of those, so that it does not go through hundreds of tensors' descriptions.
+        std::size_t size_bytes;
+        std::byte const* contiguous;  ///< their bytes, if they lie side by side
+        bool pinned;
     };
     struct memory_of {
         stream_memory memory;
@@ -160,7 +169,12 @@ private:
         for (auto const& placed : img.tensors) {
             auto const& t = s.layers[placed.layer].tensors[placed.tensor];
             if (placed.size_bytes == 0) continue;
-            place p{&t, placed.offset_bytes - img.header_bytes, mirror_bytes_};
+            place p{&t,
+                    placed.offset_bytes - img.header_bytes,
+                    mirror_bytes_,
+                    placed.size_bytes,
+                    varve::detail::is_contiguous(t) ? static_cast<std::byte const*>(t.data) : nullptr,
+                    t.memory == memory_kind::pinned};
             if (t.memory == memory_kind::device) {
                 int device = 0;
                 varve::throw_if(detail::device_of(t.data, device), t.name);
