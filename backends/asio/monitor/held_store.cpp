@@ -360,7 +360,7 @@ void held_store::describe(nlohmann::json& out) const {
     out["bytes_written"] = counts_.bytes_written;
     auto const seconds = std::chrono::duration<double>(counts_.writing).count();
     if (seconds > 0) out["write_gb_per_s"] = static_cast<double>(counts_.bytes_written) / seconds / 1e9;
-    if (writer_ && open_) out["writer"] = writer_->describe();
+    if (open_) out["writer"] = writer_->describe();
 }
 
 }  // namespace varve::asio::server

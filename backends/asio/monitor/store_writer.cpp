@@ -99,7 +99,9 @@ void held_store::run() {
     files_.reset();  // and with it the lock
     writer_.reset();
     regions_.clear();
+    lock.lock();
     lease_ = {};
+    lock.unlock();
     hooks_.ended(std::move(kept));
 }
 
@@ -324,6 +326,7 @@ std::unique_ptr<kept_image> held_store::keep_in_memory(held_save& s) {
     }
     ::fcntl(out->memory.get(), F_ADD_SEALS, F_SEAL_WRITE | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL);
     if (by_reference_) return out;
+    std::lock_guard lock(mutex_);
     lease_.shrink(image_.size_bytes);
     out->lease = std::move(lease_);
     return out;
