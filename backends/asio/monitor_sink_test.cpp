@@ -5,17 +5,9 @@
 #include <chrono>
 #include <fcntl.h>
 #include <future>
-#include <optional>
 #include <thread>
 
-#include <varve/asio/monitor_sink.hpp>
-#include <varve/checkpointer.hpp>
-#include <varve/scheduling/async.hpp>
-#include <varve/staging/host.hpp>
-
-#include "fake_monitor.hpp"
-#include "files.hpp"
-#include "plain_sinks.hpp"
+#include "fake_monitors_trainer.hpp"
 
 namespace {
 
@@ -25,59 +17,7 @@ using varve::errc;
 using varve::asio::monitor_sink;
 using varve::asio::shared_pool;
 
-constexpr std::size_t block = varve::block_unit_bytes;
-constexpr std::size_t floats_per_block = block / sizeof(float);
 auto const timed_out = std::make_error_code(std::errc::timed_out);
-
-/// A trainer whose checkpoints have three blocks, and the monitor that the test plays.
-struct trainer {
-    using checkpointer_type = varve::checkpointer<varve::host_staging, varve::async<2>, monitor_sink>;
-
-    explicit trainer(fake_monitor& to, std::size_t pool_blocks = 8, bool shared = true) : monitor(to), blocks(pool_blocks), model(2, floats_per_block) {
-        if (shared) pool = std::make_shared<shared_pool>(pool_blocks * block, block);
-        options.pool = pool;
-        options.files.keep = 3;
-        options.connect_limit = 2s;
-        options.retry_after = 1ms;
-        options.goodbye_limit = 100ms;
-    }
-    /// The connection of the trainer, once it has said hello and was welcomed.
-    std::unique_ptr<fake_connection> start(wire::welcome const& welcome = {}) {
-        auto made = std::async(std::launch::async, [this] { make(); });
-        auto connection = monitor.accept();
-        hello = connection->greet(welcome);
-        made.get();
-        return connection;
-    }
-    void make() {
-        auto staging = pool ? varve::host_staging(pool->memory(), block, pool) : varve::host_staging(blocks * block, block);
-        checkpointer.emplace(model.state(), std::move(staging), varve::async<2>{}, monitor_sink(monitor.where(), "/data/run", options), checkpointer_options);
-    }
-    varve::ticket save(std::uint64_t step) {
-        checkpointer->before_update();
-        model.update(step);
-        return checkpointer->save(step, {{"loss", std::to_string(step)}});
-    }
-    std::string file_of(std::uint64_t step) { return checkpoint_bytes(model.state(), {step, 1, {{"loss", std::to_string(step)}}}); }
-    bool holds(std::vector<std::byte> const& image, std::uint64_t step) {
-        auto const file = file_of(step);
-        return image.size() == file.size() && std::memcmp(image.data() + hello.header_bytes, file.data() + hello.header_bytes, file.size() - hello.header_bytes) == 0;
-    }
-
-    fake_monitor& monitor;
-    std::size_t blocks;
-    toy_model model;
-    std::shared_ptr<shared_pool> pool;
-    varve::asio::monitor_sink_options options;
-    varve::checkpointer_options checkpointer_options;
-    wire::hello hello;
-    std::optional<checkpointer_type> checkpointer;
-};
-
-struct at_socket {
-    temporary_folder folder;
-    fake_monitor monitor{folder.path() / "socket"};
-};
 
 }  // namespace
 
@@ -171,76 +111,6 @@ BOOST_AUTO_TEST_CASE(a_monitor_that_gives_no_credit_gets_no_more_bytes_but_is_an
     BOOST_TEST(!ticket.durable().wait_for(20s));
 }
 
-BOOST_FIXTURE_TEST_CASE(a_monitor_that_dies_fails_what_is_in_flight_and_the_next_save_finds_another, at_socket) {
-    trainer t(monitor, 3);
-    std::atomic<int> spawned = 0;
-    t.options.respawn = [&] {
-        monitor.listen();
-        ++spawned;
-    };
-    auto c = t.start();
-    auto first = t.save(1);
-    auto const lost = c->take_save(t.hello);
-    monitor.die();
-    c.reset();
-    BOOST_TEST(first.crash_safe().wait_for(20s) == errc::monitor_lost);
-    BOOST_TEST(first.durable().wait_for(20s) == errc::monitor_lost);
-    BOOST_TEST(spawned == 0);
-    // Every block was on loan: they are there again.
-    auto second = t.save(2);
-    for (int i = 0; i < 20'000 && spawned == 0; ++i) std::this_thread::sleep_for(1ms);
-    c = monitor.accept();
-    auto const again = c->greet();
-    BOOST_TEST(spawned == 1);
-    BOOST_TEST(again.region_bytes == t.hello.region_bytes);
-    auto const save = c->take_save(t.hello);
-    BOOST_TEST(t.holds(save.image, 2));
-    BOOST_TEST(save.begin.save > lost.begin.save);
-    c->finish(save, 2);
-    BOOST_TEST(!second.durable().wait_for(20s));
-}
-
-BOOST_FIXTURE_TEST_CASE(without_a_monitor_saves_fail_and_training_goes_on, at_socket) {
-    trainer t(monitor, 3);
-    auto c = t.start();
-    monitor.die();
-    c.reset();
-    for (std::uint64_t step = 1; step <= 5; ++step) BOOST_TEST(t.save(step).durable().wait_for(20s) == errc::monitor_lost);
-    monitor.listen();
-    std::this_thread::sleep_for(5ms);
-    auto ticket = t.save(6);
-    c = monitor.accept();
-    c->greet();
-    auto const save = c->take_save(t.hello);
-    c->finish(save, 1);
-    BOOST_TEST(!ticket.durable().wait_for(20s));
-    BOOST_TEST(t.holds(save.image, 6));
-}
-
-BOOST_FIXTURE_TEST_CASE(blocks_of_a_connection_that_was_lost_wait_for_the_monitors_word, at_socket) {
-    trainer t(monitor, 3);
-    auto c = t.start();
-    auto first = t.save(1);
-    auto const lost = c->take_save(t.hello);
-    c->say(wire::crash_safe{lost.begin.save});
-    BOOST_TEST(!first.crash_safe().wait_for(20s));
-    // The monitor is alive, and may be writing these very blocks.
-    c.reset();
-    BOOST_TEST(first.durable().wait_for(20s) == errc::monitor_lost);
-    c = monitor.accept();
-    c->map(c->expect<wire::hello>());
-    t.model.update(2);
-    auto second = std::async(std::launch::async, [&] { return t.checkpointer->save(2); });
-    std::this_thread::sleep_for(50ms);
-    std::vector<std::byte> still(c->regions[0]->memory.begin(), c->regions[0]->memory.end());
-    BOOST_TEST((std::memcmp(still.data() + lost.blocks[1].region_offset, lost.image.data() + lost.blocks[1].image_offset, lost.blocks[1].size) == 0));
-    c->say(wire::welcome{});
-    auto const save = c->take_save(t.hello);
-    BOOST_TEST(t.holds(save.image, 2));
-    c->finish(save, 2);
-    BOOST_TEST(!second.get().durable().wait_for(20s));
-}
-
 BOOST_FIXTURE_TEST_CASE(a_run_that_the_monitor_refuses_is_refused_with_its_words, at_socket) {
     trainer t(monitor);
     auto made = std::async(std::launch::async, [&] { t.make(); });
@@ -252,37 +122,6 @@ BOOST_FIXTURE_TEST_CASE(a_run_that_the_monitor_refuses_is_refused_with_its_words
     });
     monitor.die();
     BOOST_CHECK_EXCEPTION(t.make(), varve::error, [](varve::error const& e) { return e.code() == errc::monitor_lost; });
-}
-
-BOOST_FIXTURE_TEST_CASE(a_monitor_that_breaks_the_protocol_is_lost, at_socket) {
-    std::vector<std::function<void(fake_connection&, fake_connection::taken const&)>> const wrongs{
-        [](auto& c, auto const&) { c.say(wire::release{0, 12'345}); },
-        [](auto& c, auto const&) { c.say(wire::welcome{}); },
-        [](auto& c, auto const&) { c.say(wire::credit{~std::uint64_t{0}}), c.say(wire::credit{1}); },
-        [](auto& c, auto const&) { c.say_bytes(std::as_bytes(std::span("HTTP/1.1 400 Bad Request\r\n\r\n"))); },
-        [](auto& c, auto const& s) {
-            // Said twice: its number is not the next.
-            std::vector<std::byte> frame;
-            wire::frame_writer{}.append(frame, wire::crash_safe{s.begin.save});
-            c.say_bytes(frame);
-        },
-        [](auto& c, auto const&) { c.say(wire::refusal{errc::malformed, "I do not understand"}); },
-    };
-    trainer t(monitor, 6);
-    auto c = t.start();
-    std::uint64_t step = 0;
-    for (auto const& wrong : wrongs) {
-        auto ticket = t.save(++step);
-        auto const save = c->take_save(t.hello);
-        wrong(*c, save);
-        BOOST_TEST(ticket.durable().wait_for(20s) == errc::monitor_lost, "wrong " << step);
-        c = monitor.accept();
-        c->greet();
-    }
-    auto ticket = t.save(++step);
-    auto const save = c->take_save(t.hello);
-    c->finish(save, 1);
-    BOOST_TEST(!ticket.durable().wait_for(20s));
 }
 
 BOOST_FIXTURE_TEST_CASE(a_save_that_the_monitor_fails_says_why, at_socket) {
@@ -334,18 +173,6 @@ BOOST_FIXTURE_TEST_CASE(a_save_that_is_not_wanted_any_more_is_abandoned, at_sock
     c->say(wire::failed{0, errc::cancelled, "abandoned"});
     auto again = sink.open(name(4));
     BOOST_TEST(c->expect<wire::begin>().save == 1u);
-}
-
-BOOST_FIXTURE_TEST_CASE(a_monitor_that_falls_silent_is_lost, at_socket) {
-    trainer t(monitor, 3);
-    t.options.silence_limit = 100ms;
-    auto c = t.start();
-    std::this_thread::sleep_for(150ms);  // one that never pings is not missed
-    auto first = t.save(1);
-    c->take_save(t.hello);
-    c->say(wire::ping{});
-    c->expect<wire::pong>();
-    BOOST_TEST(first.durable().wait_for(20s) == errc::monitor_lost);
 }
 
 BOOST_FIXTURE_TEST_CASE(a_checkpoint_comes_back_as_a_descriptor, at_socket) {

@@ -9,10 +9,7 @@
 
 namespace varve_test {
 
-BOOST_AUTO_TEST_CASE(a_save_by_reference_becomes_crash_safe_and_then_durable) {
-    workplace w;
-    auto t = w.trainer(1);
-    auto const welcome = t.greet();
+BOOST_FIXTURE_TEST_CASE(a_save_by_reference_becomes_crash_safe_and_then_durable, welcomed_trainer<1>) {
     BOOST_TEST(welcome.durable_step == 0u);
     t.save(1, 7);
     BOOST_TEST(t.peer.expect<wire::crash_safe>().save == 1u);
@@ -21,8 +18,8 @@ BOOST_AUTO_TEST_CASE(a_save_by_reference_becomes_crash_safe_and_then_durable) {
     BOOST_TEST(durable.sequence == 1u);
     // A pool of one image: everything is given back as it is written.
     BOOST_TEST(t.peer.released == t.plans.size());
-    BOOST_TEST(t.holds(w.file(7), 7));
-    varve::file_descriptor fd(::open(w.file(7).c_str(), O_RDONLY), varve::system_calls::kernel());
+    BOOST_TEST(t.holds(file(7), 7));
+    varve::file_descriptor fd(::open(file(7).c_str(), O_RDONLY), varve::system_calls::kernel());
     BOOST_TEST(varve::safetensors().identify(fd.get()).metadata.at("who") == "test");
 }
 
@@ -54,10 +51,7 @@ BOOST_AUTO_TEST_CASE(a_save_over_tls_is_committed) {
     BOOST_TEST(t.holds(w.file(1), 1));
 }
 
-BOOST_AUTO_TEST_CASE(bytes_that_changed_on_the_way_are_no_checkpoint) {
-    workplace w;
-    auto t = w.trainer(0);
-    t.greet();
+BOOST_FIXTURE_TEST_CASE(bytes_that_changed_on_the_way_are_no_checkpoint, welcomed_trainer<0>) {
     t.set(1);
     t.begin(1, 1);
     t.send_blocks(1);
@@ -67,8 +61,8 @@ BOOST_AUTO_TEST_CASE(bytes_that_changed_on_the_way_are_no_checkpoint) {
     BOOST_TEST((t.peer.expect<wire::failed>().code == varve::errc::not_whole));
     t.save(2, 2);
     t.peer.expect<wire::durable>();
-    BOOST_TEST(!std::filesystem::exists(w.file(1)));
-    BOOST_TEST(t.holds(w.file(2), 2));
+    BOOST_TEST(!std::filesystem::exists(file(1)));
+    BOOST_TEST(t.holds(file(2), 2));
 }
 
 BOOST_AUTO_TEST_CASE(a_trainer_that_vanishes_after_its_commit_loses_nothing) {
@@ -260,30 +254,24 @@ BOOST_AUTO_TEST_CASE(what_lingers_is_byte_for_byte_the_file_and_goes_in_time) {
     BOOST_TEST(from_disk.step == 4u);
 }
 
-BOOST_AUTO_TEST_CASE(a_trainer_that_comes_back_waits_for_what_it_left) {
-    workplace w;
-    auto t = w.trainer(1);
-    t.greet();
+BOOST_FIXTURE_TEST_CASE(a_trainer_that_comes_back_waits_for_what_it_left, welcomed_trainer<1>) {
     t.save(1, 1);
     // Before it is told, a closed connection may have lost what was sent.
     t.peer.expect<wire::crash_safe>();
     t.peer.close();
-    auto next = w.trainer(1);
+    auto next = trainer(1);
     BOOST_TEST(next.greet().durable_step == 1u);
 }
 
-BOOST_AUTO_TEST_CASE(stop_finishes_what_is_crash_safe_and_removes_the_socket) {
-    workplace w;
-    auto const at = w.monitor->where();
-    auto t = w.trainer(1);
-    t.greet();
+BOOST_FIXTURE_TEST_CASE(stop_finishes_what_is_crash_safe_and_removes_the_socket, welcomed_trainer<1>) {
+    auto const at = monitor->where();
     t.save(1, 9);
     t.peer.expect<wire::crash_safe>();
-    w.monitor->get().stop();
+    monitor->get().stop();
     BOOST_TEST(has(t.peer.refusal(), "the monitor is ending"));
-    w.monitor.reset();
+    monitor.reset();
     BOOST_TEST(!std::filesystem::exists(at.path));
-    BOOST_TEST(t.holds(w.file(9), 9));
+    BOOST_TEST(t.holds(file(9), 9));
 }
 
 BOOST_AUTO_TEST_CASE(a_monitor_for_once_ends_with_its_trainer) {
@@ -298,10 +286,7 @@ BOOST_AUTO_TEST_CASE(a_monitor_for_once_ends_with_its_trainer) {
     BOOST_TEST(w.monitor->over());
 }
 
-BOOST_AUTO_TEST_CASE(an_abandoned_save_is_answered_once_its_blocks_are_free) {
-    workplace w;
-    auto t = w.trainer(2);
-    t.greet();
+BOOST_FIXTURE_TEST_CASE(an_abandoned_save_is_answered_once_its_blocks_are_free, welcomed_trainer<2>) {
     t.set(1);
     t.begin(1, 1);
     t.send_block(1, 0, 0);
@@ -311,13 +296,10 @@ BOOST_AUTO_TEST_CASE(an_abandoned_save_is_answered_once_its_blocks_are_free) {
     BOOST_TEST(t.peer.released == 1u);
     t.save(2, 2);
     t.peer.expect<wire::durable>();
-    BOOST_TEST(t.holds(w.file(2), 2));
+    BOOST_TEST(t.holds(file(2), 2));
 }
 
-BOOST_AUTO_TEST_CASE(metadata_without_room_fails_its_save_alone) {
-    workplace w;
-    auto t = w.trainer(1);
-    t.greet();
+BOOST_FIXTURE_TEST_CASE(metadata_without_room_fails_its_save_alone, welcomed_trainer<1>) {
     t.set(1);
     t.begin(1, 1);
     t.send_blocks(1);
@@ -328,13 +310,10 @@ BOOST_AUTO_TEST_CASE(metadata_without_room_fails_its_save_alone) {
     t.peer.expect<wire::durable>();
 }
 
-BOOST_AUTO_TEST_CASE(the_status_tells_of_trainers_bytes_and_steps) {
-    workplace w;
-    auto t = w.trainer(2);
-    t.greet();
+BOOST_FIXTURE_TEST_CASE(the_status_tells_of_trainers_bytes_and_steps, welcomed_trainer<2>) {
     t.save(1, 3);
     t.peer.expect<wire::durable>();
-    raw_peer asking(w.monitor->where());
+    raw_peer asking(monitor->where());
     wire::hello hello;
     hello.purpose = wire::purpose::status;
     asking.send(hello);

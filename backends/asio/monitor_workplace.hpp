@@ -52,6 +52,13 @@ struct workplace {
     std::optional<running_monitor> monitor;
 };
 
+/// A monitor, and a trainer of its store "run" that was welcomed; its pool holds so many images.
+template <std::size_t Images>
+struct welcomed_trainer : workplace {
+    raw_trainer t{monitor->where(), "run", Images};
+    wire::welcome const welcome = t.greet();
+};
+
 inline bool has(std::string const& text, std::string const& words) { return text.find(words) != std::string::npos; }
 
 }  // namespace varve_test

@@ -1,24 +1,16 @@
-#include "refused_rings.hpp"
-#include "sink_faults.hpp"
-#include "support.hpp"
+#include "ring_sinks.hpp"
 
 #include <cerrno>
 #include <semaphore>
-#include <string>
-#include <thread>
 
 #include "varve/asio/sink.hpp"
 
 namespace {
 
-auto make = [](varve::system_calls& calls) { return varve::asio::sink({.calls = &calls}); };
-
-/// Runs a test of the faults that all file sinks share, where Asio has files at all.
+/// Runs a test of the faults that all file sinks share, where there is a ring.
 template <class Test>
 void with_files(Test test) {
-    if (auto refused = varve::asio::sink::available()) return varve_test::skip("no io_uring: " + refused.message());
-    varve_test::sink_faults faults(make);
-    test(faults);
+    varve_test::with_rings<varve::asio::sink>(test);
 }
 
 }  // namespace
@@ -87,46 +79,9 @@ BOOST_AUTO_TEST_CASE(a_read_behind_the_end_is_an_error) {
 }
 
 BOOST_AUTO_TEST_CASE(a_thread_that_ends_takes_no_write_with_it) {
-    with_files([](auto&) {
-        varve_test::scratch_folder folder;
-        auto bytes = varve_test::some_bytes(16u << 20);
-        varve::asio::sink sink;
-        auto target = sink.open(folder.request(0, bytes.size()));
-        struct answer {
-            std::binary_semaphore came{0};
-            std::error_code error{};
-        } a;
-        std::thread([&] {
-            target.write(0, {bytes.data(), bytes.size()}, {[](void* to, std::error_code e) noexcept {
-                                                               static_cast<answer*>(to)->error = e;
-                                                               static_cast<answer*>(to)->came.release();
-                                                           },
-                                                           &a});
-        }).join();
-        a.came.acquire();
-        BOOST_TEST(!a.error);
-        BOOST_TEST(varve_test::holds(folder, bytes));
-    });
+    with_files([](auto& f) { f.a_thread_that_ends_takes_no_write_with_it(); });
 }
 
-BOOST_AUTO_TEST_CASE(a_refused_ring_is_unsupported_and_says_so) {
-    if (auto refused = varve::asio::sink::available()) return varve_test::skip("no io_uring: " + refused.message());
-    for (int why : {EPERM, ENOSYS}) {
-        int status = varve_test::in_a_child([why] {
-            auto before = varve_test::open_descriptors();
-            if (!varve_test::refuse_rings(why)) return 77;
-            if (!varve_test::is(varve::asio::sink::available(), why)) return 1;
-            try {
-                varve::asio::sink sink;
-                return 2;
-            } catch (varve::error const& e) {
-                if (e.code() != varve::errc::unsupported || std::string(e.what()).find("use the posix sink") == std::string::npos) return 3;
-            }
-            return varve_test::open_descriptors() == before ? 0 : 4;
-        });
-        if (status == 77) return varve_test::skip("no seccomp filters here");
-        BOOST_TEST(status == 0);
-    }
-}
+BOOST_AUTO_TEST_CASE(a_refused_ring_is_unsupported_and_says_so) { varve_test::a_refused_ring_is_unsupported_and_says_so<varve::asio::sink>(); }
 
 BOOST_AUTO_TEST_SUITE_END()

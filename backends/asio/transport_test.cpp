@@ -175,7 +175,7 @@ BOOST_AUTO_TEST_CASE(a_certificate_of_another_authority_is_refused_on_either_sid
         BOOST_TEST(ends.why.find("certificate verify failed") != std::string::npos, ends.why);
     }
     // The client is through with its part of the handshake before the server has seen its certificate.
-    boost::asio::io_context context;
+    boost::asio::io_context context, others;
     va::listener listening(context.get_executor(), loopback(), files.load("server", true));
     std::error_code at_server, at_client;
     std::unique_ptr<va::stream> there, here;
@@ -185,7 +185,6 @@ BOOST_AUTO_TEST_CASE(a_certificate_of_another_authority_is_refused_on_either_sid
         there->read(a, 1, [&](std::error_code ec, std::size_t) { at_server = ec; there->close(); });
     });
     std::thread server([&] { while (!at_server) { context.restart(); context.run_one_for(50ms); } });
-    boost::asio::io_context others;
     here = va::connect(others.get_executor(), listening.where(), files.load("stranger", false, "ca"), 5s);
     here->read(b, 1, [&](std::error_code ec, std::size_t) { at_client = ec; });
     others.run_for(5s);

@@ -1,6 +1,4 @@
-#include "refused_rings.hpp"
-#include "sink_faults.hpp"
-#include "support.hpp"
+#include "ring_sinks.hpp"
 
 #include <cstddef>
 #include <linux/capability.h>
@@ -14,14 +12,10 @@
 
 namespace {
 
-auto make = [](varve::system_calls& calls) { return varve::uring::sink({.calls = &calls}); };
-
-/// Runs a test of the faults that all file sinks share, where there is a ring at all.
+/// Runs a test of the faults that all file sinks share, where there is a ring.
 template <class Test>
 void on_a_ring(Test test) {
-    if (auto refused = varve::uring::sink::available()) return varve_test::skip("no io_uring: " + refused.message());
-    varve_test::sink_faults faults(make);
-    test(faults);
+    varve_test::with_rings<varve::uring::sink>(test);
 }
 
 /// From here on the locked-memory limit holds, for root too.
@@ -92,45 +86,10 @@ BOOST_AUTO_TEST_CASE(many_threads_write_many_blocks) {
 }
 
 BOOST_AUTO_TEST_CASE(a_thread_that_ends_takes_no_write_with_it) {
-    on_a_ring([](auto&) {
-        varve_test::scratch_folder folder;
-        auto bytes = varve_test::some_bytes(16u << 20);
-        varve::uring::sink sink;
-        auto target = sink.open(folder.request(0, bytes.size()));
-        struct answer {
-            std::binary_semaphore came{0};
-            std::error_code error{};
-        } a;
-        std::thread([&] {
-            target.write(0, {bytes.data(), bytes.size()}, {[](void* to, std::error_code e) noexcept {
-                                                               static_cast<answer*>(to)->error = e;
-                                                               static_cast<answer*>(to)->came.release();
-                                                           },
-                                                           &a});
-        }).join();
-        a.came.acquire();
-        BOOST_TEST(!a.error);
-        BOOST_TEST(varve_test::holds(folder, bytes));
-    });
+    on_a_ring([](auto& f) { f.a_thread_that_ends_takes_no_write_with_it(); });
 }
 
-BOOST_AUTO_TEST_CASE(a_refused_ring_is_unsupported_and_says_so) {
-    if (auto refused = varve::uring::sink::available()) return varve_test::skip("no io_uring: " + refused.message());
-    for (int why : {EPERM, ENOSYS}) {
-        int status = varve_test::in_a_child([why] {
-            if (!varve_test::refuse_rings(why)) return 77;
-            if (!varve_test::is(varve::uring::sink::available(), why)) return 1;
-            try {
-                varve::uring::sink sink;
-                return 2;
-            } catch (varve::error const& e) {
-                return e.code() == varve::errc::unsupported && contains(e.what(), "use the posix sink") ? 0 : 3;
-            }
-        });
-        if (status == 77) return varve_test::skip("no seccomp filters here");
-        BOOST_TEST(status == 0);
-    }
-}
+BOOST_AUTO_TEST_CASE(a_refused_ring_is_unsupported_and_says_so) { varve_test::a_refused_ring_is_unsupported_and_says_so<varve::uring::sink>(); }
 
 BOOST_AUTO_TEST_CASE(memory_that_may_not_be_locked_runs_unregistered_and_names_the_limit) {
     if (auto refused = varve::uring::sink::available()) return varve_test::skip("no io_uring: " + refused.message());

@@ -244,6 +244,28 @@ public:
         BOOST_TEST(holds(folder, bytes));
     }
 
+    void a_thread_that_ends_takes_no_write_with_it() {
+        scratch_folder folder;
+        failing_calls calls;
+        auto bytes = some_bytes(16u << 20);
+        auto sink = make_(calls);
+        auto target = sink.open(folder.request(0, bytes.size()));
+        struct answer {
+            std::binary_semaphore came{0};
+            std::error_code error{};
+        } a;
+        std::thread([&] {
+            target.write(0, {bytes.data(), bytes.size()}, {[](void* to, std::error_code e) noexcept {
+                                                               static_cast<answer*>(to)->error = e;
+                                                               static_cast<answer*>(to)->came.release();
+                                                           },
+                                                           &a});
+        }).join();
+        a.came.acquire();
+        BOOST_TEST(!a.error);
+        BOOST_TEST(holds(folder, bytes));
+    }
+
 private:
     Make make_;
 };

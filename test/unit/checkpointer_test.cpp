@@ -232,56 +232,6 @@ BOOST_AUTO_TEST_CASE(a_layer_that_moved_is_an_error_where_it_is_announced) {
     BOOST_TEST(ck.restore()->step == 3u);
 }
 
-BOOST_AUTO_TEST_CASE(a_busy_checkpointer_skips_when_told_to) {
-    temporary_folder dir;
-    auto control = std::make_shared<sink_control>();
-    control->close_gate();
-    toy_model model;
-    varve::checkpointer_options options;
-    options.busy = varve::when_busy::skip;
-    checkpointer<varve::async<2>> ck(model.state(), {4 * block, block}, {}, plain_file_sink(control), dir.path(), quick_store(), options);
-    BOOST_TEST(ck.max_in_flight() == 2u);
-    auto first = train_step(ck, model, 1), second = train_step(ck, model, 2), third = train_step(ck, model, 3);
-    BOOST_TEST(second.taken());
-    BOOST_TEST(!third.taken());
-    BOOST_CHECK(third.durable().wait() == errc::skipped);
-    control->open_gate();
-    BOOST_TEST(!first.durable().wait());
-    BOOST_TEST(!second.durable().wait());
-    ck.drain();
-    BOOST_TEST(ck.files().checkpoints().front().step == 2u);
-}
-
-BOOST_AUTO_TEST_CASE(the_newest_that_waits_gives_way_when_told_to) {
-    temporary_folder dir;
-    auto control = std::make_shared<sink_control>();
-    control->close_gate();
-    toy_model model;
-    varve::checkpointer_options options;
-    options.busy = varve::when_busy::replace;
-    checkpointer<varve::async<2>> ck(model.state(), {4 * block, block}, {}, plain_file_sink(control), dir.path(), quick_store(), options);
-    auto first = train_step(ck, model, 1), second = train_step(ck, model, 2);
-    BOOST_TEST(!second.staged().wait());
-    auto third = train_step(ck, model, 3);
-    BOOST_TEST(third.taken());
-    BOOST_CHECK(second.durable().wait() == errc::replaced);
-    control->open_gate();
-    BOOST_TEST(!first.durable().wait());
-    BOOST_TEST(!third.durable().wait());
-    model.update(9);
-    BOOST_TEST(ck.restore()->step == 3u);
-    BOOST_TEST(model.is_of(3));
-}
-
-BOOST_AUTO_TEST_CASE(a_pool_smaller_than_n_images_lowers_n) {
-    temporary_folder dir;
-    toy_model model(4, floats_per_block);
-    checkpointer<varve::async<4>> small(model.state(), {2 * block, block}, {}, plain_file_sink{}, dir.path() / "a", quick_store());
-    BOOST_TEST(small.max_in_flight() == 1u);
-    checkpointer<varve::async<4>> middle(model.state(), {11 * block, block}, {}, plain_file_sink{}, dir.path() / "b", quick_store());
-    BOOST_TEST(middle.max_in_flight() == 2u);
-}
-
 BOOST_AUTO_TEST_CASE(a_batch_limits_what_a_save_holds) {
     temporary_folder dir;
     auto control = std::make_shared<sink_control>();

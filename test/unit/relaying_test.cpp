@@ -1,9 +1,7 @@
 #include <boost/test/unit_test.hpp>
 
-#include <algorithm>
 #include <chrono>
 #include <future>
-#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -16,6 +14,7 @@
 #include <varve/staging/host.hpp>
 
 #include "plain_sinks.hpp"
+#include "relaying_run.hpp"
 #include "relaying_sink.hpp"
 #include "support.hpp"
 #include "toy_run.hpp"
@@ -25,51 +24,8 @@ namespace {
 using namespace varve_test;
 using namespace std::chrono_literals;
 using varve::errc;
-using varve::milestone;
 
 auto const timed_out = std::make_error_code(std::errc::timed_out);
-
-/// What was told of saves, as "milestone step".
-struct recorder {
-    void on(varve::event const& e) noexcept {
-        if (e.what == milestone::layer_ready || e.what == milestone::layer_copied || e.what == milestone::write) return;
-        std::lock_guard lock(mutex);
-        entries.push_back(std::string(name(e.what)) + " " + std::to_string(e.step));
-    }
-    std::ptrdiff_t at(std::string const& entry) {
-        std::lock_guard lock(mutex);
-        auto it = std::find(entries.begin(), entries.end(), entry);
-        return it == entries.end() ? -1 : it - entries.begin();
-    }
-    std::mutex mutex;
-    std::vector<std::string> entries;
-};
-
-/// A run of two layers, each of about one block, with a receiver that the test plays.
-template <class Scheduling = varve::async<2>>
-struct run {
-    explicit run(varve::checkpointer_options options = {}, std::size_t pool_blocks = 8, Scheduling scheduling = {},
-                 std::shared_ptr<receiver> to = std::make_shared<receiver>())
-        : other(std::move(to)), model(2, floats_per_block), checkpointer(std::in_place, model.state(), varve::host_staging(pool_blocks * block, block), scheduling,
-                                                                         receiving_sink(other), (options.observers.add(seen), options)) {}
-
-    varve::ticket save(std::uint64_t step) {
-        checkpointer->before_update();
-        model.update(step);
-        return checkpointer->save(step, {{"loss", std::to_string(step)}});
-    }
-
-    recorder seen;
-    std::shared_ptr<receiver> other;
-    toy_model model;
-    std::optional<varve::checkpointer<varve::host_staging, Scheduling, receiving_sink>> checkpointer;
-};
-
-varve::checkpointer_options when(varve::when_busy busy) {
-    varve::checkpointer_options o;
-    o.busy = busy;
-    return o;
-}
 
 }  // namespace
 
@@ -233,123 +189,6 @@ BOOST_AUTO_TEST_CASE(without_replace_a_save_stays_in_the_window_until_it_is_dura
     BOOST_REQUIRE(r.other->was_handed(1));
     r.other->say_crash_safe(1);
     r.other->say_durable(1);
-}
-
-BOOST_AUTO_TEST_CASE(what_is_on_loan_is_not_filled_again_until_it_comes_back) {
-    auto to = std::make_shared<receiver>();
-    to->keeps_loans = true;
-    run r({}, 4, varve::async<2>{}, to);
-    auto const per_save = (varve::safetensors{}.lay_out(r.model.state()).size_bytes + block - 1) / block;
-    BOOST_REQUIRE(per_save == 3u);
-    auto first = r.save(1);
-    BOOST_REQUIRE(to->was_handed(0));
-    BOOST_TEST(to->loans(0) == per_save);
-    to->say_crash_safe(0);
-    to->say_durable(0);
-    BOOST_TEST(!first.durable().wait_for(30s));
-    // A durable save's target is gone, but a receiver may keep loans for longer.
-    std::vector<varve::loan> kept;
-    auto second = [&] {
-        std::optional<varve::ticket> t;
-        std::jthread later([&] {
-            for (int i = 0; i < 30'000; ++i) {
-                {
-                    std::lock_guard lock(to->mutex);
-                    if (to->saves.size() == 2 && to->saves[1]->loans.size() == per_save) {
-                        kept.swap(to->saves[1]->loans);
-                        return;
-                    }
-                }
-                std::this_thread::sleep_for(1ms);
-            }
-        });
-        t = r.save(2);
-        return *t;
-    }();
-    BOOST_REQUIRE(to->was_handed(1));
-    to->say_crash_safe(1);
-    to->say_durable(1);
-    BOOST_TEST(!second.durable().wait_for(30s));
-    BOOST_TEST(kept.size() == per_save);
-    // One block is left of four: the third save's first block is staged, and no more.
-    r.checkpointer->begin(3);
-    auto third = r.checkpointer->seal();
-    BOOST_TEST(third.staged().wait_for(50ms) == timed_out);
-    kept.clear();
-    to->end_loans(2);
-    for (int i = 0; i < 3000 && !third.staged().ready(); ++i) {
-        to->end_loans(2);
-        std::this_thread::sleep_for(1ms);
-    }
-    BOOST_TEST(!third.staged().wait_for(30s));
-    BOOST_REQUIRE(to->was_handed(2));
-    to->say_crash_safe(2);
-    to->say_durable(2);
-    BOOST_TEST(!third.durable().wait_for(30s));
-}
-
-BOOST_AUTO_TEST_CASE(loans_outlive_the_checkpointer_and_its_staging) {
-    auto to = std::make_shared<receiver>();
-    to->keeps_loans = true;
-    std::vector<varve::loan> kept;
-    {
-        run r({}, 4, varve::async<1>{}, to);
-        r.save(1);
-        BOOST_REQUIRE(to->was_handed(0));
-        {
-            std::lock_guard lock(to->mutex);
-            kept.swap(to->saves[0]->loans);
-        }
-        to->say_crash_safe(0);
-        to->say_durable(0);
-    }
-    BOOST_TEST(kept.size() == 3u);
-    kept.clear();
-}
-
-BOOST_AUTO_TEST_CASE(drain_waits_until_what_was_handed_over_is_durable) {
-    run r;
-    auto t = r.save(1);
-    BOOST_REQUIRE(r.other->was_handed(0));
-    r.other->say_crash_safe(0);
-    std::jthread later([&] {
-        std::this_thread::sleep_for(30ms);
-        r.other->say_durable(0);
-    });
-    r.checkpointer->drain();
-    BOOST_TEST(t.durable().ready());
-}
-
-BOOST_AUTO_TEST_CASE(the_destructor_waits_for_its_time_and_cancels_what_is_not_answered) {
-    auto options = when(varve::when_busy::block);
-    options.drain_on_destroy = 50ms;
-    run<varve::async<3>> r(options, 16);
-    auto first = r.save(1), second = r.save(2);
-    BOOST_REQUIRE(r.other->was_handed(1));
-    r.other->say_crash_safe(0);
-    BOOST_TEST(!first.crash_safe().wait_for(30s));
-    auto const before = std::chrono::steady_clock::now();
-    r.checkpointer.reset();
-    BOOST_TEST((std::chrono::steady_clock::now() - before >= 50ms));
-    BOOST_TEST(first.durable().wait() == errc::cancelled);
-    BOOST_TEST(!first.crash_safe().wait());
-    BOOST_TEST(second.crash_safe().wait() == errc::cancelled);
-    BOOST_TEST(second.durable().wait() == errc::cancelled);
-    BOOST_TEST(r.other->gone(0));
-    BOOST_TEST(r.other->gone(1));
-}
-
-BOOST_AUTO_TEST_CASE(the_destructor_drains_what_is_answered_in_time) {
-    run r;
-    auto t = r.save(1);
-    BOOST_REQUIRE(r.other->was_handed(0));
-    std::jthread later([&] {
-        r.other->say_crash_safe(0);
-        std::this_thread::sleep_for(30ms);
-        r.other->say_durable(0);
-    });
-    r.checkpointer.reset();
-    BOOST_TEST(!t.durable().wait());
 }
 
 BOOST_AUTO_TEST_CASE(every_scheduling_relays) {

@@ -68,11 +68,13 @@ void core::accept(std::size_t i) {
             if (self->stopping_) return;
             // The socket is 0600; this is for whoever changed that.
             bool const stranger = s && s->peer_uid() && *s->peer_uid() != ::geteuid() && *s->peer_uid() != 0;
-            if (s && !stranger && self->sessions_.size() < most_sessions) {
-                auto const made = std::make_shared<session>(self, std::move(s));
-                self->sessions_.insert(made);
-                made->start();
-            }
+            if (s && !stranger && self->sessions_.size() < most_sessions) try {
+                    auto const made = std::make_shared<session>(self, std::move(s));
+                    self->sessions_.insert(made);
+                    made->start();
+                } catch (std::exception const&) {
+                    ec = std::make_error_code(std::errc::not_enough_memory);
+                }
         }
         if (!ec) return self->accept(i);
         // Out of descriptors, as a rule: they come back when somebody leaves.
@@ -161,6 +163,8 @@ void core::wait_for_store(std::filesystem::path const& path, bool busy, wire::he
             self->attach(std::move(*hello), std::move(*regions), over_network, call);
         } catch (error const& e) {
             call.refused(e);
+        } catch (std::exception const& e) {
+            call.refused(error(std::make_error_code(std::errc::not_enough_memory), std::string("the monitor cannot go on with this connection: ") + e.what()));
         }
     };
     waiting_.push_back({path, id, std::move(again)});
@@ -181,7 +185,6 @@ void core::wait_for_store(std::filesystem::path const& path, bool busy, wire::he
 
 /// With the mutex held.
 void core::attach_trainer(std::filesystem::path const& path, wire::hello hello, std::vector<file_descriptor> descriptors, attached call) {
-    if (hello.fresh) drop_lingering(path);
     auto lease = take_memory(path, hello);
     std::vector<shared_region> regions;
     regions.reserve(descriptors.size());
@@ -200,8 +203,8 @@ void core::attach_trainer(std::filesystem::path const& path, wire::hello hello, 
             });
     };
     store_hooks hooks;
-    hooks.opened = [in_map, path, call](opened_store const& found) {
-        in_map([path, call, found](core& in, std::shared_ptr<held_store> store) { in.store_opened(path, store, found, call); });
+    hooks.opened = [in_map, path, call, fresh = hello.fresh](opened_store const& found) {
+        in_map([path, call, found, fresh](core& in, std::shared_ptr<held_store> store) { in.store_opened(path, store, found, fresh, call); });
     };
     hooks.not_opened = [in_map, path, call](error const& e) {
         in_map([path, call, e](core& in, std::shared_ptr<held_store> store) {
@@ -234,7 +237,7 @@ void core::attach_trainer(std::filesystem::path const& path, wire::hello hello, 
     hooks.log = [self = weak_from_this()](std::string const& line) {
         if (auto core = self.lock()) core->log(line);
     };
-    auto store = std::make_shared<held_store>(path, std::move(hello), std::move(regions), std::move(lease), options_.writes_at_once, std::move(hooks));
+    auto store = std::make_shared<held_store>(path, std::move(hello), std::move(regions), std::move(lease), options_.writes_at_once, *options_.calls, std::move(hooks));
     stores_.emplace(path, std::move(store));
     had_trainer_ = true;
     first_trainer_.cancel();
@@ -268,7 +271,7 @@ memory_budget::lease core::take_memory(std::filesystem::path const& path, wire::
     return std::move(*lease);
 }
 
-void core::store_opened(std::filesystem::path const& path, std::shared_ptr<held_store> const& store, opened_store const& found, attached const& call) {
+void core::store_opened(std::filesystem::path const& path, std::shared_ptr<held_store> const& store, opened_store const& found, bool fresh, attached const& call) {
     if (!store) return;
     wire::welcome w;
     w.durable_step = found.durable_step;
@@ -276,6 +279,8 @@ void core::store_opened(std::filesystem::path const& path, std::shared_ptr<held_
     w.credit_bytes = found.credit_bytes;
     {
         std::lock_guard lock(mutex_);
+        // Not before: one that is refused changes nothing.
+        if (fresh) drop_lingering(path);
         if (auto it = lingering_.find(path); it != lingering_.end()) w.memory_step = it->second.image->step;
     }
     log(path.string() + ": opened for " + call.peer);

@@ -87,7 +87,7 @@ private:
     void attach_trainer(std::filesystem::path const& path, wire::hello hello, std::vector<file_descriptor> regions, attached call);
     void make_room(std::filesystem::path const& path, std::uint64_t bytes);
     memory_budget::lease take_memory(std::filesystem::path const& path, wire::hello const& hello);
-    void store_opened(std::filesystem::path const& path, std::shared_ptr<held_store> const& store, opened_store const& found, attached const& call);
+    void store_opened(std::filesystem::path const& path, std::shared_ptr<held_store> const& store, opened_store const& found, bool fresh, attached const& call);
     void store_closed(std::filesystem::path const& path, std::unique_ptr<kept_image> kept);
     void drop_lingering(std::filesystem::path const& path);
     void look_if_over();

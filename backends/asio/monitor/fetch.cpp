@@ -1,6 +1,7 @@
 #include "core.hpp"
 
 #include <algorithm>
+#include <cerrno>
 #include <fcntl.h>
 #include <nlohmann/json.hpp>
 #include <sys/stat.h>
@@ -15,11 +16,14 @@ namespace varve::asio::server {
 
 namespace {
 
+constexpr int most_looks = 10;
+
 file_descriptor open_to_read(std::filesystem::path const& path) {
     return {::open(path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC), system_calls::kernel()};
 }
 
-/// The checkpoints of a store that nobody writes to, newest first; those that cannot be told are left out.
+/// The checkpoints in a folder, newest first; those that cannot be told are left out. Throws
+/// std::errc::no_such_file_or_directory where one was let go after it was listed: a newer one may have come.
 std::vector<stored_checkpoint> checkpoints_in(std::filesystem::path const& folder) {
     safetensors const format;
     std::vector<stored_checkpoint> out;
@@ -29,14 +33,30 @@ std::vector<stored_checkpoint> checkpoints_in(std::filesystem::path const& folde
         if (!varve::detail::step_of_name(name, format.extension())) continue;
         try {
             auto const file = open_to_read(folder / name);
-            if (!file) continue;
+            if (!file) {
+                if (errno == ENOENT) throw_if(last_system_error(errno), (folder / name).string());
+                continue;
+            }
             auto const found = format.identify(file.get());
             out.push_back({found.step, found.sequence, name});
-        } catch (error const&) {
+        } catch (error const& e) {
+            if (e.code() == std::errc::no_such_file_or_directory) throw;
         }
     }
     std::sort(out.begin(), out.end(), [](auto const& a, auto const& b) { return a.sequence > b.sequence; });
     return out;
+}
+
+/// The checkpoint on disk that comes after `skip` newer ones, of that step where one is given. Throws as checkpoints_in does.
+std::optional<found_image> find_on_disk(std::filesystem::path const& folder, held_store const* held, std::optional<std::uint64_t> step, std::uint32_t skip) {
+    for (auto const& c : held ? held->checkpoints() : checkpoints_in(folder)) {
+        if ((step && c.step != *step) || skip-- != 0) continue;
+        auto fd = open_to_read(folder / c.name);
+        struct stat info {};
+        if (!fd || ::fstat(fd.get(), &info) != 0) throw_if(last_system_error(errno), (folder / c.name).string());
+        return found_image{c.step, c.sequence, static_cast<std::uint64_t>(info.st_size), false, (folder / c.name).string(), std::move(fd)};
+    }
+    return std::nullopt;
 }
 
 }  // namespace
@@ -44,12 +64,12 @@ std::vector<stored_checkpoint> checkpoints_in(std::filesystem::path const& folde
 /// What lingers in memory comes first, though it may be on disk too: a copy that turns out broken leaves the other.
 std::optional<found_image> core::find(std::string const& store, bool over_network, held_store const* held, wire::fetch const& what) {
     auto const path = path_of(store, over_network);
-    auto left = what.skip;
-    auto is_it = [&](std::uint64_t step) { return (!what.has_step || step == what.step) && left-- == 0; };
+    auto const step = what.has_step ? std::optional(what.step) : std::nullopt;
+    auto skip = what.skip;
     {
         std::lock_guard lock(mutex_);
         auto it = lingering_.find(path);
-        if (it != lingering_.end() && is_it(it->second.image->step)) {
+        if (it != lingering_.end() && (!step || it->second.image->step == *step) && skip-- == 0) {
             auto const& kept = *it->second.image;
             // Open anew, so that nobody gets a descriptor through which it can be changed.
             auto fd = open_to_read("/proc/self/fd/" + std::to_string(kept.memory.get()));
@@ -57,14 +77,14 @@ std::optional<found_image> core::find(std::string const& store, bool over_networ
             return found_image{kept.step, kept.sequence, kept.size_bytes, true, "the monitor's memory", std::move(fd)};
         }
     }
-    for (auto const& c : held ? held->checkpoints() : checkpoints_in(path)) {
-        if (!is_it(c.step)) continue;
-        auto fd = open_to_read(path / c.name);
-        struct stat info {};
-        if (!fd || ::fstat(fd.get(), &info) != 0) throw_if(last_system_error(errno), (path / c.name).string());
-        return found_image{c.step, c.sequence, static_cast<std::uint64_t>(info.st_size), false, (path / c.name).string(), std::move(fd)};
+    // A save that became durable meanwhile lets go of an older one.
+    for (int looks = 1;; ++looks) {
+        try {
+            return find_on_disk(path, held, step, skip);
+        } catch (error const& e) {
+            if (e.code() != std::errc::no_such_file_or_directory || looks == most_looks) throw;
+        }
     }
-    return std::nullopt;
 }
 
 std::string core::status() const {

@@ -8,6 +8,7 @@
 #include <system_error>
 
 #include "varve/concepts/sink.hpp"
+#include "varve/system.hpp"
 
 namespace varve::asio::server {
 
@@ -29,8 +30,8 @@ public:
 };
 
 /// io_uring where it runs, else POSIX threads; `writes_at_once` 0 is what suits either. Throws what the sinks throw.
-std::unique_ptr<file_writer> make_file_writer(unsigned writes_at_once);
-std::unique_ptr<file_writer> make_posix_writer(unsigned writes_at_once);
+std::unique_ptr<file_writer> make_file_writer(unsigned writes_at_once, system_calls& calls);
+std::unique_ptr<file_writer> make_posix_writer(unsigned writes_at_once, system_calls& calls);
 
 /// A writer of one type of sink.
 template <file_sink Sink>

@@ -50,6 +50,7 @@ struct held_save {
     save_phase phase = save_phase::receiving;
     std::error_code error{};  ///< why it is not wanted any more
     std::string why{};
+    bool memory_alone = false;  ///< the disk did not take it once its trainer had gone: it is kept for its bytes
     bool ended_by_trainer = false;  ///< COMMIT or ABANDON came: nothing more of it will
 
     std::deque<held_block> blocks{};
@@ -72,9 +73,8 @@ struct held_save {
     std::shared_ptr<varve::detail::aligned_bytes> header{};  ///< once it is written
 
     bool whole() const noexcept { return covered_chunks == covered.size() && arrived == blocks.size(); }
-    bool begun_to_write() const noexcept { return target != nullptr || file.has_value(); }
-    /// Nothing is left to do for it, and nothing of it is held.
-    bool forgettable() const noexcept { return phase == save_phase::over && let_go == blocks.size() && !begun_to_write(); }
+    /// Nothing of it is held; its file may still be, where it is being written.
+    bool forgettable() const noexcept { return phase == save_phase::over && let_go == blocks.size(); }
 };
 
 /// Memory for blocks that come as payload: what was let go is used again for the next of the same size, with its pages.

@@ -56,8 +56,8 @@ void held_store::expect_sense(wire::hello const& m) {
 std::uint64_t held_store::wanted_bytes(wire::hello const& m) { return (m.in_flight + std::uint64_t{2}) * std::max<std::uint64_t>(m.image_bytes, m.block_bytes); }
 
 held_store::held_store(std::filesystem::path path, wire::hello hello, std::vector<shared_region> regions, memory_budget::lease lease, unsigned writes_at_once,
-                       store_hooks hooks)
-    : path_(std::move(path)), hello_(std::move(hello)), by_reference_(!regions.empty()), writes_at_once_(writes_at_once), layout_(state_of(hello_)),
+                       system_calls& calls, store_hooks hooks)
+    : path_(std::move(path)), hello_(std::move(hello)), by_reference_(!regions.empty()), writes_at_once_(writes_at_once), calls_(calls), layout_(state_of(hello_)),
       format_(metadata_room(hello_, layout_)), image_(format_.lay_out(layout_)), regions_(std::move(regions)), lease_(std::move(lease)), hooks_(std::move(hooks)) {
     if (image_.header_bytes != hello_.header_bytes || image_.size_bytes != hello_.image_bytes)
         throw error(errc::mismatch, "the trainer lays its checkpoints out in another way than this monitor: they are of different versions of varve");
@@ -145,14 +145,12 @@ held_store::place held_store::place_for(std::uint64_t save, std::uint64_t offset
     p.save = save;
     auto const s = find(save, "a block");
     p.dropped = !s;
+    p.memory = memory_.take(size_bytes);
     if (s) {
         p.block = s->blocks.size();
         auto& b = add_block(*s, offset_bytes, size_bytes);
-        b.own = memory_.take(size_bytes);
+        b.own = p.memory;
         b.data = b.own->data();
-        p.memory = b.own;
-    } else {
-        p.memory = memory_.take(size_bytes);
     }
     credit_ -= size_bytes;
     return p;
@@ -218,11 +216,16 @@ void held_store::trainer_gone(bool keep) {
         gone_ = true;
         keep_ = keep;
         for (auto const& s : saves_) {
-            if (s->phase != save_phase::receiving || s->error) continue;
-            if (s->committed && s->whole()) continue;  // its digests are being looked at
-            ++counts_.discarded;
+            if (s->phase != save_phase::receiving) continue;
+            if (s->committed && s->whole() && !s->error) continue;  // its digests are being looked at
             // The block that was under way will not come.
-            for (; s->arrived < s->blocks.size(); ++s->arrived) {}
+            s->arrived = s->blocks.size();
+            if (s->error) {
+                free_what_may_go(*s);
+                tell_if_over(*s);
+                continue;
+            }
+            ++counts_.discarded;
             end(*s, errc::cancelled, "");
         }
         forget();
@@ -250,7 +253,7 @@ void held_store::look_if_whole(save_ptr const& s) {
     auto const before = std::exchange(newest_, s);
     if (hello_.busy == when_busy::replace)
         for (auto const& other : saves_)
-            if (other != s && other->phase == save_phase::crash_safe && !other->error && !other->begun_to_write() && other != current_) {
+            if (other != s && other != current_ && other->phase == save_phase::crash_safe && !other->error) {
                 ++counts_.replaced;
                 end(*other, errc::replaced, "");
             }
@@ -267,6 +270,17 @@ void held_store::end(held_save& s, std::error_code why, std::string text) {
     if (why != errc::cancelled && why != errc::replaced) ++counts_.failed;
     free_what_may_go(s);
     tell_if_over(s);
+    work_.notify_one();
+}
+
+/// Nobody is left to be told of it, where its trainer has gone; then memory is all that has it, and stays.
+void held_store::not_written(held_save& s, std::error_code why, std::string text) {
+    if (s.memory_alone) return;
+    if (s.error || !gone_ || !keep_ || !keeps_newest_ || newest_.get() != &s) return end(s, why, std::move(text));
+    ++counts_.failed;
+    s.memory_alone = true;
+    s.sequence = 0;
+    s.why = std::move(text);
     work_.notify_one();
 }
 
@@ -346,7 +360,7 @@ void held_store::describe(nlohmann::json& out) const {
     out["bytes_written"] = counts_.bytes_written;
     auto const seconds = std::chrono::duration<double>(counts_.writing).count();
     if (seconds > 0) out["write_gb_per_s"] = static_cast<double>(counts_.bytes_written) / seconds / 1e9;
-    if (writer_ && open_) out["writer"] = writer_->describe();
+    if (open_) out["writer"] = writer_->describe();
 }
 
 }  // namespace varve::asio::server

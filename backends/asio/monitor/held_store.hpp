@@ -62,7 +62,7 @@ class held_store {
 public:
     /// Takes over the regions and the lease on the memory; opens the store on its own thread.
     held_store(std::filesystem::path path, wire::hello hello, std::vector<shared_region> regions, memory_budget::lease lease, unsigned writes_at_once,
-               store_hooks hooks);
+               system_calls& calls, store_hooks hooks);
     /// As if the trainer had gone; waits for what is crash-safe. Not on its own thread.
     ~held_store();
 
@@ -107,6 +107,7 @@ private:
     held_block& add_block(held_save& s, std::uint64_t offset, std::size_t size);
     void look_if_whole(save_ptr const& s);
     void end(held_save& s, std::error_code why, std::string text);
+    void not_written(held_save& s, std::error_code why, std::string text);
     void free_what_may_go(held_save& s);
     void free_if_it_may_go(held_save& s, held_block& b);
     void tell_if_over(held_save& s);
@@ -124,6 +125,7 @@ private:
     void finish(std::unique_lock<std::mutex>& lock);
     void discard(std::unique_lock<std::mutex>& lock);
     std::error_code write_and_commit(held_save& s, std::string& why);
+    void hash(held_save& s, held_block const& b) const;
     static void block_written(void* context, std::error_code ec) noexcept;
     std::unique_ptr<kept_image> keep_in_memory(held_save& s);
     void hash_loop(std::stop_token stop);
@@ -132,6 +134,7 @@ private:
     wire::hello const hello_;
     bool const by_reference_;
     unsigned const writes_at_once_;
+    system_calls& calls_;
     state layout_;
     safetensors format_;
     image image_;

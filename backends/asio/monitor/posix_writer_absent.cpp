@@ -4,7 +4,7 @@
 
 namespace varve::asio::server {
 
-std::unique_ptr<file_writer> make_posix_writer(unsigned) {
+std::unique_ptr<file_writer> make_posix_writer(unsigned, system_calls&) {
     throw error(errc::unsupported, "the kernel refuses io_uring, and the backend posix is not built; see sysctl kernel.io_uring_disabled");
 }
 

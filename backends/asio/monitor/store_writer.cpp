@@ -43,8 +43,9 @@ void held_store::open() {
     options.fresh = hello_.fresh;
     options.overwrite = hello_.overwrite;
     options.wait_until_prepared = hello_.wait_until_prepared;
+    options.calls = &calls_;
     if (!hello_.made_by.empty()) options.made_by = hello_.made_by;
-    writer_ = make_file_writer(writes_at_once_);
+    writer_ = make_file_writer(writes_at_once_, calls_);
     for (auto const& r : regions_) slots_.push_back(writer_->register_memory(r.bytes()));
     files_.emplace(path_, format_, layout_, image_.size_bytes, std::move(options));
 }
@@ -98,7 +99,9 @@ void held_store::run() {
     files_.reset();  // and with it the lock
     writer_.reset();
     regions_.clear();
+    lock.lock();
     lease_ = {};
+    lock.unlock();
     hooks_.ended(std::move(kept));
 }
 
@@ -115,7 +118,7 @@ held_store::save_ptr held_store::next_to_write() const {
 bool held_store::work_on_current(std::unique_lock<std::mutex>& lock) {
     if (!current_) return false;
     auto& s = *current_;
-    if (s.error) {
+    if (s.error || s.memory_alone) {
         if (s.in_flight > 0) return false;
         discard(lock);
         return true;
@@ -143,7 +146,7 @@ void held_store::start_writing(save_ptr const& s, std::unique_lock<std::mutex>& 
         why = e.what();
     }
     lock.lock();
-    if (failed) end(*s, failed, why);
+    if (failed) not_written(*s, failed, std::move(why));
 }
 
 void held_store::submit_next(std::unique_lock<std::mutex>& lock) {
@@ -154,7 +157,7 @@ void held_store::submit_next(std::unique_lock<std::mutex>& lock) {
     int const slot = by_reference_ ? slots_[b.region] : unregistered;
     lock.unlock();
     s.target->write(b.offset_bytes, {b.data, b.size_bytes, memory_kind::host, slot}, {&held_store::block_written, &b});
-    if (by_reference_) varve::detail::chunk_digests({b.data, b.size_bytes}, std::span(s.digests).subspan((b.offset_bytes - image_.header_bytes) / digest_chunk_bytes));
+    if (by_reference_) hash(s, b);
     lock.lock();
     if (!by_reference_) return;
     --b.users;
@@ -162,6 +165,11 @@ void held_store::submit_next(std::unique_lock<std::mutex>& lock) {
     ++s.hashed;
     free_if_it_may_go(s, b);
     tell_if_over(s);
+}
+
+/// With no lock held: the digests of different blocks are different words.
+void held_store::hash(held_save& s, held_block const& b) const {
+    varve::detail::chunk_digests({b.data, b.size_bytes}, std::span(s.digests).subspan((b.offset_bytes - image_.header_bytes) / digest_chunk_bytes));
 }
 
 void held_store::block_written(void* context, std::error_code ec) noexcept {
@@ -172,7 +180,7 @@ void held_store::block_written(void* context, std::error_code ec) noexcept {
     if (--s.in_flight == 0) self.counts_.writing += std::chrono::steady_clock::now() - self.writing_since_;
     --b.users;
     if (ec) {
-        self.end(s, ec, "cannot write the save of step " + std::to_string(s.step) + ": " + ec.message());
+        self.not_written(s, ec, "cannot write the save of step " + std::to_string(s.step) + ": " + ec.message());
     } else {
         b.written = true;
         ++s.written;
@@ -189,7 +197,9 @@ void held_store::discard(std::unique_lock<std::mutex>& lock) {
     lock.unlock();
     s->target.reset();
     if (s->file) files_->give_back(*std::exchange(s->file, std::nullopt), true);
+    if (s->memory_alone && hooks_.log) hooks_.log(path_.string() + ": " + s->why);
     lock.lock();
+    if (s->memory_alone) s->phase = save_phase::durable;
     tell_if_over(*s);
     current_ = nullptr;
     forget();
@@ -212,13 +222,9 @@ void held_store::finish(std::unique_lock<std::mutex>& lock) {
         tell(wire::durable{s->id, s->sequence});
         hooks_.became_durable();
         free_what_may_go(*s);
-    } else if (gone_ && newest_ == s && keeps_newest_) {
-        // Nobody is left to be told; memory is all that has it.
-        ++counts_.failed;
-        s->phase = save_phase::durable;
-        s->sequence = 0;
     } else {
-        end(*s, outcome, why);
+        not_written(*s, outcome, why);
+        if (s->memory_alone) s->phase = save_phase::durable;
     }
     forget();
     if (!outcome || !hooks_.log) return;
@@ -266,7 +272,7 @@ void held_store::hash_loop(std::stop_token stop) {
         if (s->error) continue;
         ++b->users;
         lock.unlock();
-        varve::detail::chunk_digests({b->data, b->size_bytes}, std::span(s->digests).subspan((b->offset_bytes - image_.header_bytes) / digest_chunk_bytes));
+        hash(*s, *b);
         lock.lock();
         --b->users;
         b->hashed = true;
@@ -304,6 +310,8 @@ std::unique_ptr<kept_image> held_store::keep_in_memory(held_save& s) {
     try {
         if (!out->memory || ::ftruncate(out->memory.get(), static_cast<off_t>(image_.size_bytes)) != 0) return nullptr;
         if (!out->durable) {
+            for (auto const& b : s.blocks)
+                if (!b.hashed) hash(s, b);
             s.sequence = files_->next_sequence();
             s.header = std::make_shared<varve::detail::aligned_bytes>(format_.header(layout_, image_, {s.step, s.sequence, s.metadata}, s.digests));
         }
@@ -318,6 +326,7 @@ std::unique_ptr<kept_image> held_store::keep_in_memory(held_save& s) {
     }
     ::fcntl(out->memory.get(), F_ADD_SEALS, F_SEAL_WRITE | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL);
     if (by_reference_) return out;
+    std::lock_guard lock(mutex_);
     lease_.shrink(image_.size_bytes);
     out->lease = std::move(lease_);
     return out;

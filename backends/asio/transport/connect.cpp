@@ -139,7 +139,8 @@ std::unique_ptr<stream> connect(boost::asio::any_io_executor executor, address c
         fd = {::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0), system_calls::kernel()};
         if (!fd) return fail(last_system_error(errno));
         if (int e = connect_socket(fd.get(), reinterpret_cast<sockaddr const*>(&where), sizeof where, until)) return fail(last_system_error(e));
-        return transport::make_stream(std::move(executor), std::move(fd), transport::make_plain_io(fd.get(), true));
+        auto io = transport::make_plain_io(fd.get(), true);
+        return transport::make_stream(std::move(executor), std::move(fd), std::move(io));
     }
     int last = ECONNREFUSED;
     auto const found = transport::resolve(to, false);

@@ -2,6 +2,7 @@
 #include <boost/asio/error.hpp>
 
 #include <cerrno>
+#include <mutex>
 #include <netinet/in.h>
 #include <sys/file.h>
 #include <sys/socket.h>
@@ -93,9 +94,10 @@ public:
     }
 
     void accept(boost::asio::any_io_executor executor, std::function<void(std::error_code, std::unique_ptr<stream>)> done) {
+        std::lock_guard lock(mutex_);
         descriptor_.async_wait(descriptor_.wait_read, [self = shared_from_this(), executor, done](boost::system::error_code ec) {
             if (ec) return done(ec, nullptr);
-            file_descriptor fd(::accept4(self->descriptor_.native_handle(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK), system_calls::kernel());
+            auto fd = self->take();
             if (!fd) {
                 // Gone again before it was its turn.
                 if (errno == EAGAIN || errno == EWOULDBLOCK || errno == EINTR || errno == ECONNABORTED) return self->accept(executor, done);
@@ -107,12 +109,15 @@ public:
                 made = make_stream(executor, std::move(fd), self->tls_);
             } catch (error const& e) {
                 failed = e.code();
+            } catch (std::exception const&) {
+                failed = std::make_error_code(std::errc::not_enough_memory);
             }
             done(failed, std::move(made));
         });
     }
 
     void close() noexcept {
+        std::lock_guard lock(mutex_);
         boost::system::error_code ignored;
         descriptor_.close(ignored);
         struct stat now {};
@@ -125,8 +130,14 @@ public:
     address const& where() const noexcept { return at_; }
 
 private:
+    file_descriptor take() {
+        std::lock_guard lock(mutex_);
+        return {::accept4(descriptor_.native_handle(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK), system_calls::kernel()};
+    }
+
     address at_;
     std::shared_ptr<tls_context const> tls_;
+    std::mutex mutex_;  ///< close() comes from any thread
     boost::asio::posix::stream_descriptor descriptor_;
     struct stat made_ {};
 };

@@ -3,20 +3,15 @@
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
-#include <condition_variable>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
-#include <mutex>
-#include <new>
-#include <stop_token>
 #include <string>
-#include <thread>
 #include <utility>
-#include <vector>
 
 #include "varve/detail/file_request.hpp"
 #include "varve/detail/open_file.hpp"
+#include "varve/detail/piece_threads.hpp"
 #include "varve/gds/cufile.hpp"
 #include "varve/gds/error.hpp"
 #include "varve/gds/registered_memory.hpp"
@@ -24,7 +19,7 @@
 
 namespace varve::gds {
 
-/// The threads that carry out the transfers of all targets of a sink, a piece at a time. Thread-safe.
+/// The threads that carry out the transfers of all targets of a sink. Thread-safe.
 ///
 /// Bytes in GPU memory go through cuFile where they are aligned and cuFile takes the file; otherwise, and an image's tail
 /// always, through a page-locked piece of the thread's own. Bytes in host memory are written as they are.
@@ -32,10 +27,14 @@ class writer_pool {
 public:
     /// Throws std::system_error when a thread cannot be started.
     writer_pool(unsigned threads, std::size_t stripe_bytes, bool direct, std::shared_ptr<cufile> gpu, system_calls& calls)
-        : mode(direct), memory(gpu), gpu_(std::move(gpu)), calls_(calls), stripe_bytes_(stripe_bytes), queue_(expected_requests, &code_of) {
-        for (unsigned i = 0; i < std::max(1u, threads); ++i)
-            threads_.emplace_back([this](std::stop_token stop) { work(stop); });
-    }
+        : mode(direct), memory(gpu), gpu_(std::move(gpu)), calls_(calls),
+          threads_(
+              threads, stripe_bytes,
+              [this] {
+                  gpu_->enter_thread();
+                  return [this, bounce = std::shared_ptr<std::byte>()](piece_type& p) mutable noexcept { return carry_out(p, bounce); };
+              },
+              &code_of) {}
 
     /// Nothing may be in flight.
     ~writer_pool() = default;
@@ -56,34 +55,15 @@ public:
         return failure == 0 ? std::string() : ", through host memory since cuFile refuses (" + code_of(failure).message() + ")";
     }
 
-    void submit(varve::detail::file_transfer const& what) noexcept {
-        auto pieces = queue_.push(what, stripe_of(what));
-        if (pieces == 0) return what.done(std::make_error_code(std::errc::not_enough_memory));
-        {
-            std::lock_guard lock(mutex_);
-            waiting_ += pieces;
-        }
-        if (pieces == 1)
-            work_.notify_one();
-        else
-            work_.notify_all();
-    }
+    void submit(varve::detail::file_transfer const& what) noexcept { threads_.submit(what); }
 
     varve::detail::seen_write_mode mode;
     registered_memory memory;
 
 private:
-    static constexpr std::size_t expected_requests = 64;
     static constexpr std::size_t bounce_bytes = 1u << 20;
 
     using piece_type = varve::detail::file_piece;
-
-    /// A share for each thread, and no less than pays.
-    std::size_t stripe_of(varve::detail::file_transfer const& what) const noexcept {
-        auto share = (what.size_bytes + threads_.size() - 1) / threads_.size();
-        share = (share + varve::detail::direct_alignment - 1) / varve::detail::direct_alignment * varve::detail::direct_alignment;
-        return std::max(share, stripe_bytes_);
-    }
 
     /// One system call or one call of cuFile: bytes, or a negative failure.
     std::int64_t transfer_host(piece_type const& p, std::byte* data, std::size_t size) noexcept {
@@ -137,29 +117,10 @@ private:
         return error;
     }
 
-    void work(std::stop_token stop) noexcept {
-        gpu_->enter_thread();
-        std::shared_ptr<std::byte> bounce;
-        for (;;) {
-            {
-                std::unique_lock lock(mutex_);
-                if (!work_.wait(lock, stop, [&] { return waiting_ > 0; })) return;
-                --waiting_;
-            }
-            piece_type piece;
-            if (queue_.claim(piece)) queue_.finish(piece, carry_out(piece, bounce));
-        }
-    }
-
     std::shared_ptr<cufile> gpu_;
     system_calls& calls_;
-    std::size_t const stripe_bytes_;
     std::atomic<int> refusal_{0};
-    varve::detail::file_request_queue queue_;
-    std::mutex mutex_;
-    std::condition_variable_any work_;
-    std::size_t waiting_ = 0;  ///< pieces that no thread has taken
-    std::vector<std::jthread> threads_;
+    varve::detail::piece_threads threads_;  ///< the last: they use what stands above
 };
 
 }  // namespace varve::gds

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "varve/asio/transport.hpp"
+#include "varve/system.hpp"
 
 namespace varve::asio {
 
@@ -32,6 +33,7 @@ struct monitor_options {
     std::chrono::milliseconds hello_limit{5'000};     ///< for the first message
     std::chrono::milliseconds ping_every{3'000};
     std::chrono::milliseconds silence_limit{15'000};  ///< a peer over TCP that says nothing for so long is gone
+    system_calls* calls = &system_calls::kernel();  ///< on the way to disk; replaced in tests
     /// Gets one line for what an operator wants to know; on any thread.
     std::function<void(std::string const&)> log;
 };

@@ -1,0 +1,279 @@
+#include <boost/test/unit_test.hpp>
+
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+
+#include "failing_calls.hpp"
+#include "monitor_workplace.hpp"
+#include "support.hpp"
+
+namespace varve_test {
+
+namespace {
+
+/// A disk whose writes a test holds up, and fails.
+class moody_disk {
+public:
+    moody_disk() {
+        calls.on_write = [this](std::size_t, std::size_t size) -> ssize_t {
+            std::unique_lock lock(mutex_);
+            ++waiting_;
+            changed_.notify_all();
+            changed_.wait(lock, [&] { return !held_up_; });
+            --waiting_;
+            return error_ != 0 ? -error_ : static_cast<ssize_t>(size);
+        };
+    }
+    void hold_up() { set([&] { held_up_ = true; }); }
+    void go_on(int error = 0) {
+        set([&] {
+            held_up_ = false;
+            error_ = error;
+        });
+    }
+    /// Waits until a write is being held up.
+    void wait_for_write() {
+        std::unique_lock lock(mutex_);
+        BOOST_TEST_REQUIRE(changed_.wait_for(lock, 10s, [&] { return waiting_ > 0; }));
+    }
+
+    failing_calls calls;
+
+private:
+    template <class Change>
+    void set(Change change) {
+        std::lock_guard lock(mutex_);
+        change();
+        changed_.notify_all();
+    }
+
+    std::mutex mutex_;
+    std::condition_variable changed_;
+    bool held_up_ = false;
+    int error_ = 0;
+    int waiting_ = 0;
+};
+
+/// A trainer whose files are written by its saves alone.
+struct moody_trainer : raw_trainer {
+    moody_trainer(va::address const& to, std::size_t images) : raw_trainer(to, "run", images) { hello.prepare = varve::prepare_mode::none; }
+};
+
+/// A monitor that writes to such a disk. The disk goes on at the end, whatever the test found.
+struct moody_workplace {
+    explicit moody_workplace(bool unix_socket = true, std::chrono::milliseconds linger = 300ms)
+        : place(unix_socket, [&](auto& o) {
+              o.calls = &disk.calls;
+              o.linger = linger;
+          }) {}
+    ~moody_workplace() { disk.go_on(); }
+
+    moody_trainer trainer(std::size_t images) { return {place.monitor->where(), images}; }
+    bool trainer_is_gone() {
+        return place.becomes([](auto const& s) { return s["stores"].empty() || s["stores"][0]["trainer"] == false; });
+    }
+
+    moody_disk disk;
+    workplace place;
+};
+
+/// What a fetch finds, and whether its bytes are that step's.
+std::optional<wire::image> fetched(raw_trainer& t, va::address const& from, std::uint32_t skip = 0) {
+    raw_peer peer(from);
+    wire::hello hello;
+    hello.purpose = wire::purpose::fetch;
+    hello.store = "run";
+    peer.send(hello);
+    peer.expect<wire::welcome>();
+    peer.send(wire::fetch{false, 0, skip});
+    auto const image = peer.expect<wire::image>();
+    if (image.size_bytes == 0) return std::nullopt;
+    auto const along = peer.descriptors();
+    BOOST_TEST_REQUIRE(along.size() == 1u);
+    BOOST_TEST(t.holds(along[0].get(), image.step));
+    return image;
+}
+
+}  // namespace
+
+BOOST_AUTO_TEST_CASE(a_full_disk_fails_its_save_alone_and_what_is_older_stays) {
+    for (std::size_t images : {0, 1, 2}) {
+        moody_workplace w;
+        auto t = w.trainer(images);
+        t.greet();
+        t.save(1, 1);
+        t.peer.expect<wire::durable>();
+        w.disk.go_on(ENOSPC);
+        auto const image = images == 2 ? 1u : 0u;
+        t.save(2, 2, image);
+        auto const failed = t.peer.expect<wire::failed>();
+        BOOST_TEST(failed.save == 2u);
+        BOOST_TEST((failed.code == std::errc::no_space_on_device), failed.text);
+        BOOST_TEST(!std::filesystem::exists(w.place.file(2)));
+        BOOST_TEST(t.holds(w.place.file(1), 1));
+        w.disk.go_on();
+        while (t.peer.on_loan.size() > t.plans.size()) t.peer.expect<wire::release>();
+        t.save(3, 3, image);
+        t.peer.expect<wire::durable>();
+        BOOST_TEST(t.holds(w.place.file(3), 3));
+        BOOST_TEST(t.holds(w.place.file(1), 1));
+    }
+}
+
+BOOST_AUTO_TEST_CASE(a_trainer_that_vanishes_amid_a_block_of_a_failed_save_leaves_the_store_free) {
+    moody_workplace w;
+    auto t = w.trainer(0);
+    t.greet();
+    w.disk.hold_up();
+    t.set(1);
+    t.begin(1, 1);
+    t.send_block(1, 0);
+    w.disk.wait_for_write();
+    // Half of the next one: as the fourth frame.
+    auto const bytes = t.block(t.plans[1]);
+    std::vector<std::byte> frame;
+    wire::frame_writer{}.append(frame, wire::block_data{1, t.plans[1].offset_bytes, bytes});
+    wire::set_number(frame, 3);
+    t.peer.send_bytes(std::span<std::byte const>(frame).first(frame.size() / 2));
+    BOOST_TEST_REQUIRE(w.place.becomes([&](auto const& s) { return s["stores"][0]["held_bytes"] == t.plans[0].size_bytes + t.plans[1].size_bytes; }));
+    w.disk.go_on(ENOSPC);
+    BOOST_TEST_REQUIRE(w.place.becomes([](auto const& s) { return s["stores"][0]["failed"] == 1; }));
+    t.peer.close();
+    BOOST_TEST(w.place.store_is_free());
+}
+
+BOOST_AUTO_TEST_CASE(what_was_crash_safe_lingers_though_the_disk_is_full) {
+    for (std::size_t images : {0, 2}) {
+        moody_workplace w(true, 20s);
+        auto t = w.trainer(images);
+        t.greet();
+        w.disk.hold_up();
+        t.save(1, 1);
+        t.peer.expect<wire::crash_safe>();
+        w.disk.wait_for_write();
+        t.peer.close();
+        BOOST_TEST_REQUIRE(w.trainer_is_gone());
+        w.disk.go_on(ENOSPC);
+        BOOST_TEST_REQUIRE(w.place.store_is_free());
+        BOOST_TEST(!std::filesystem::exists(w.place.file(1)));
+        auto const image = fetched(t, w.place.monitor->where());
+        BOOST_TEST_REQUIRE(image.has_value());
+        BOOST_TEST(image->in_memory);
+        BOOST_TEST(image->step == 1u);
+        auto const lingering = w.place.status()["lingering"].at(0);
+        BOOST_TEST(lingering["durable"] == false);
+        // Whoever comes next writes on, where there is room again.
+        w.disk.go_on();
+        auto next = w.trainer(images);
+        BOOST_TEST(next.greet().memory_step == 1u);
+        next.save(1, 2);
+        next.peer.expect<wire::durable>();
+        BOOST_TEST(next.holds(w.place.file(2), 2));
+    }
+}
+
+BOOST_AUTO_TEST_CASE(a_hello_that_is_refused_leaves_what_lingers) {
+    workplace w(true, [](auto& o) { o.linger = 20s; });
+    auto t = w.trainer(2);
+    t.greet();
+    t.save(1, 1);
+    t.peer.expect<wire::durable>();
+    t.peer.close();
+    BOOST_TEST_REQUIRE(w.becomes([](auto const& s) { return s.contains("lingering"); }));
+    auto refused = [&](std::string const& words, std::function<void(raw_trainer&)> change) {
+        auto other = w.trainer(1);
+        change(other);
+        other.peer.send(other.hello, {other.memory.get()});
+        auto const why = other.peer.refusal();
+        BOOST_TEST(has(why, words), why);
+    };
+    refused("checkpoints already", [](auto& o) { o.hello.fresh = true; });
+    refused("another size", [](auto& o) {
+        o.hello.fresh = o.hello.overwrite = true;
+        o.hello.region_bytes[0] /= 2;
+    });
+    auto const image = fetched(t, w.monitor->where());
+    BOOST_TEST_REQUIRE(image.has_value());
+    BOOST_TEST(image->in_memory);
+    // One that is taken starts over.
+    auto fresh = w.trainer(1);
+    fresh.hello.fresh = fresh.hello.overwrite = true;
+    BOOST_TEST(fresh.greet().memory_step == 0u);
+    BOOST_TEST(!w.status().contains("lingering"));
+}
+
+BOOST_AUTO_TEST_CASE(a_trainer_that_comes_back_is_welcomed_only_after_the_writes_of_its_last_connection) {
+    for (std::size_t images : {0, 2}) {
+        moody_workplace w;
+        auto t = w.trainer(images);
+        t.greet();
+        w.disk.hold_up();
+        t.save(1, 1);
+        t.peer.expect<wire::crash_safe>();
+        t.begin(2, 2);
+        t.send_block(2, 0, t.plans.size());
+        w.disk.wait_for_write();
+        t.peer.close();
+        auto next = w.trainer(images);
+        next.peer.send(next.hello, next.pool ? std::vector<int>{next.memory.get()} : std::vector<int>{});
+        BOOST_TEST_REQUIRE(w.trainer_is_gone());
+        BOOST_TEST(!next.peer.hears_within(200ms));
+        w.disk.go_on();
+        BOOST_TEST(next.peer.expect<wire::welcome>().durable_step == 1u);
+        next.save(1, 2);
+        next.peer.expect<wire::durable>();
+        BOOST_TEST(next.holds(w.place.file(1), 1));
+        BOOST_TEST(next.holds(w.place.file(2), 2));
+    }
+}
+
+BOOST_AUTO_TEST_CASE(stop_in_mid_write_commits_what_is_crash_safe_and_discards_the_rest) {
+    moody_workplace w;
+    auto t = w.trainer(2);
+    t.greet();
+    w.disk.hold_up();
+    t.save(1, 1);
+    t.peer.expect<wire::crash_safe>();
+    t.begin(2, 2);
+    t.send_block(2, 0, t.plans.size());
+    w.disk.wait_for_write();
+    w.place.monitor->get().stop();
+    BOOST_TEST(has(t.peer.refusal(), "the monitor is ending"));
+    BOOST_TEST(!w.place.monitor->over());
+    w.disk.go_on();
+    w.place.monitor.reset();
+    BOOST_TEST(t.holds(w.place.file(1), 1));
+    BOOST_TEST(!std::filesystem::exists(w.place.file(2)));
+}
+
+BOOST_AUTO_TEST_CASE(a_fetch_while_saves_replace_the_newest_finds_a_whole_one) {
+    workplace w;
+    auto t = w.trainer(0);
+    t.hello.keep = 1;
+    t.greet();
+    t.save(1, 1);
+    t.peer.expect<wire::durable>();
+    auto reader = w.trainer(0);
+    std::atomic<bool> over = false;
+    std::jthread saves([&] {
+        for (std::uint64_t i = 2; !over; ++i) {
+            t.save(i, i);
+            t.peer.expect<wire::durable>();
+        }
+    });
+    std::uint64_t last = 0;
+    for (int i = 0; i < (full() ? 2000 : 60); ++i) {
+        try {
+            auto const image = fetched(reader, w.monitor->where());
+            BOOST_TEST_REQUIRE(image.has_value());
+            BOOST_TEST(image->step >= last);
+            last = image->step;
+        } catch (std::exception const& e) {
+            BOOST_ERROR(e.what());
+        }
+    }
+    over = true;
+}
+
+}  // namespace varve_test

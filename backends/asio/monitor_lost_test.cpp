@@ -1,0 +1,136 @@
+#include "support.hpp"
+
+#include <boost/test/unit_test.hpp>
+
+#include <atomic>
+#include <chrono>
+#include <functional>
+#include <future>
+#include <thread>
+
+#include "fake_monitors_trainer.hpp"
+
+namespace {
+
+using namespace varve_test;
+using namespace std::chrono_literals;
+using varve::errc;
+
+}  // namespace
+
+BOOST_AUTO_TEST_SUITE(monitor_lost)
+
+BOOST_FIXTURE_TEST_CASE(a_monitor_that_dies_fails_what_is_in_flight_and_the_next_save_finds_another, at_socket) {
+    trainer t(monitor, 3);
+    std::atomic<int> spawned = 0;
+    t.options.respawn = [&] {
+        monitor.listen();
+        ++spawned;
+    };
+    auto c = t.start();
+    auto first = t.save(1);
+    auto const lost = c->take_save(t.hello);
+    monitor.die();
+    c.reset();
+    BOOST_TEST(first.crash_safe().wait_for(20s) == errc::monitor_lost);
+    BOOST_TEST(first.durable().wait_for(20s) == errc::monitor_lost);
+    BOOST_TEST(spawned == 0);
+    // Every block was on loan: they are there again.
+    auto second = t.save(2);
+    for (int i = 0; i < 20'000 && spawned == 0; ++i) std::this_thread::sleep_for(1ms);
+    c = monitor.accept();
+    auto const again = c->greet();
+    BOOST_TEST(spawned == 1);
+    BOOST_TEST(again.region_bytes == t.hello.region_bytes);
+    auto const save = c->take_save(t.hello);
+    BOOST_TEST(t.holds(save.image, 2));
+    BOOST_TEST(save.begin.save > lost.begin.save);
+    c->finish(save, 2);
+    BOOST_TEST(!second.durable().wait_for(20s));
+}
+
+BOOST_FIXTURE_TEST_CASE(without_a_monitor_saves_fail_and_training_goes_on, at_socket) {
+    trainer t(monitor, 3);
+    auto c = t.start();
+    monitor.die();
+    c.reset();
+    for (std::uint64_t step = 1; step <= 5; ++step) BOOST_TEST(t.save(step).durable().wait_for(20s) == errc::monitor_lost);
+    monitor.listen();
+    std::this_thread::sleep_for(5ms);
+    auto ticket = t.save(6);
+    c = monitor.accept();
+    c->greet();
+    auto const save = c->take_save(t.hello);
+    c->finish(save, 1);
+    BOOST_TEST(!ticket.durable().wait_for(20s));
+    BOOST_TEST(t.holds(save.image, 6));
+}
+
+BOOST_FIXTURE_TEST_CASE(blocks_of_a_connection_that_was_lost_wait_for_the_monitors_word, at_socket) {
+    trainer t(monitor, 3);
+    auto c = t.start();
+    auto first = t.save(1);
+    auto const lost = c->take_save(t.hello);
+    c->say(wire::crash_safe{lost.begin.save});
+    BOOST_TEST(!first.crash_safe().wait_for(20s));
+    // The monitor is alive, and may be writing these very blocks.
+    c.reset();
+    BOOST_TEST(first.durable().wait_for(20s) == errc::monitor_lost);
+    c = monitor.accept();
+    c->map(c->expect<wire::hello>());
+    t.model.update(2);
+    auto second = std::async(std::launch::async, [&] { return t.checkpointer->save(2); });
+    std::this_thread::sleep_for(50ms);
+    std::vector<std::byte> still(c->regions[0]->memory.begin(), c->regions[0]->memory.end());
+    BOOST_TEST((std::memcmp(still.data() + lost.blocks[1].region_offset, lost.image.data() + lost.blocks[1].image_offset, lost.blocks[1].size) == 0));
+    c->say(wire::welcome{});
+    auto const save = c->take_save(t.hello);
+    BOOST_TEST(t.holds(save.image, 2));
+    c->finish(save, 2);
+    BOOST_TEST(!second.get().durable().wait_for(20s));
+}
+
+BOOST_FIXTURE_TEST_CASE(a_monitor_that_breaks_the_protocol_is_lost, at_socket) {
+    std::vector<std::function<void(fake_connection&, fake_connection::taken const&)>> const wrongs{
+        [](auto& c, auto const&) { c.say(wire::release{0, 12'345}); },
+        [](auto& c, auto const&) { c.say(wire::welcome{}); },
+        [](auto& c, auto const&) { c.say(wire::credit{~std::uint64_t{0}}), c.say(wire::credit{1}); },
+        [](auto& c, auto const&) { c.say_bytes(std::as_bytes(std::span("HTTP/1.1 400 Bad Request\r\n\r\n"))); },
+        [](auto& c, auto const& s) {
+            // Said twice: its number is not the next.
+            std::vector<std::byte> frame;
+            wire::frame_writer{}.append(frame, wire::crash_safe{s.begin.save});
+            c.say_bytes(frame);
+        },
+        [](auto& c, auto const&) { c.say(wire::refusal{errc::malformed, "I do not understand"}); },
+    };
+    trainer t(monitor, 6);
+    auto c = t.start();
+    std::uint64_t step = 0;
+    for (auto const& wrong : wrongs) {
+        auto ticket = t.save(++step);
+        auto const save = c->take_save(t.hello);
+        wrong(*c, save);
+        BOOST_TEST(ticket.durable().wait_for(20s) == errc::monitor_lost, "wrong " << step);
+        c = monitor.accept();
+        c->greet();
+    }
+    auto ticket = t.save(++step);
+    auto const save = c->take_save(t.hello);
+    c->finish(save, 1);
+    BOOST_TEST(!ticket.durable().wait_for(20s));
+}
+
+BOOST_FIXTURE_TEST_CASE(a_monitor_that_falls_silent_is_lost, at_socket) {
+    trainer t(monitor, 3);
+    t.options.silence_limit = 100ms;
+    auto c = t.start();
+    std::this_thread::sleep_for(150ms);  // one that never pings is not missed
+    auto first = t.save(1);
+    c->take_save(t.hello);
+    c->say(wire::ping{});
+    c->expect<wire::pong>();
+    BOOST_TEST(first.durable().wait_for(20s) == errc::monitor_lost);
+}
+
+BOOST_AUTO_TEST_SUITE_END()
