@@ -1,7 +1,7 @@
 # The measurements of bench/gpu, which sources this file. Results: one folder below $logs/bench for each name, with what `varve bench`
 # wrote there and the twin's JSON lines; bench/gpu_table.py makes the table of them.
 
-bench_names=(large large50 standard every-step stall restore twin loop-standard loop-large50 scenarios 5gb)
+bench_names=(large large50 standard every-step stall restore monitor twin loop-standard loop-large50 scenarios 5gb)
 repeats=${REPEATS:-3}
 device=${DEVICE:-cuda}
 tiny=${TINY:-0}
@@ -14,14 +14,14 @@ large=(--d-model 1024 --num-layers 12 --batch-size 8)
 huge=(--d-model 1536 --num-layers 18 --dim-feedforward 3072 --batch-size 4)
 pairs=${PAIRS:-7}
 pair_steps=${PAIR_STEPS:-500}
-steps=100 stall_steps=1500 every_step=300 warmup=10
+steps=100 stall_steps=${STALL_STEPS:-1500} every_step=300 warmup=10 monitor_steps=60 monitor_repeats=${MONITOR_REPEATS:-7}
 if [[ $tiny == 1 ]]; then
     small=(--d-model 32 --nhead 2 --vocab-size 200 --dim-feedforward 64 --seq-len 8 --batch-size 2 --num-samples 40)
     standard=("${small[@]}" --num-layers 1)
     large=("${small[@]}" --num-layers 2)
     huge=("${small[@]}" --num-layers 3)
     pair_steps=${PAIR_STEPS:-20}
-    steps=50 stall_steps=100 every_step=20 warmup=2
+    steps=50 stall_steps=100 every_step=20 warmup=2 monitor_steps=30 monitor_repeats=1
 fi
 
 measured=()  # folders that this call added to
@@ -50,6 +50,28 @@ twin() {
         --device "$device" --warmup "$warmup" "$@"
     local status=$?
     [[ $status == 0 ]] || { say "  the twin ($name) ended with $status$([[ $status == 124 ]] && echo ', out of time')"; tail -5 "$folder/twin.log"; }
+    return "$status"
+}
+
+# Kills a trainer once step 20 is crash-safe and lets another go on: its word of the restore goes to restart.log.
+restart_from_monitor() {
+    local store=$work/checkpoints/restart folder=$logs/bench/monitor-restart waited
+    rm -rf "$store"
+    mkdir -p "$work/checkpoints"
+    local -a run=("$build/tools/varve" train --method layerwise --dir "$store" --use-monitor --device "$device" "${large[@]}" --checkpoint-freq 20)
+    "${run[@]}" --num-steps 100000 --events "$folder/events.jsonl" >>"$folder/train.log" 2>&1 &
+    for ((waited = 0; waited < 600; ++waited)); do
+        grep -qs '"crash_safe".*"step": *20[,}]' "$folder/events.jsonl" && break
+        sleep 0.1
+    done
+    kill -9 $! && wait $! 2>/dev/null
+    rm -f "$folder/events.jsonl"
+    # The monitor copies what lingers out of the trainer's pool first.
+    sleep 3
+    limited 60 "$folder/again.log" "${run[@]}" --num-steps 21
+    local status=$?
+    grep 'goes on from' "$folder/again.log" >>"$folder/restart.log" || { say "  no restart from the monitor"; tail -3 "$folder/train.log" "$folder/again.log"; status=1; }
+    rm -rf "$store"
     return "$status"
 }
 
@@ -92,6 +114,14 @@ run_bench() {
     restore)
         varve_bench restore 250 "${large[@]}" --num-steps 10 --checkpoint-freq 10 --repeat "$repeats" --methods layerwise || status=1
         twin restore 200 "${large[@]}" --load --repeat "$repeats" || status=1
+        ;;
+    monitor) # a monitor and none, side by side; every step crash-safe; a trainer that is killed goes on from the monitor's memory
+        varve_bench monitor 250 "${large[@]}" --num-steps "$monitor_steps" --checkpoint-freq 10 --repeat "$monitor_repeats" --scenario monitor || status=1
+        varve_bench every-step-monitor 200 "${standard[@]}" --num-steps "$((every_step * 2))" --checkpoint-freq 1 --when-busy replace \
+            --repeat "$repeats" --methods layerwise layerwise-monitor || status=1
+        mkdir -p "$logs/bench/monitor-restart"
+        measured+=(monitor-restart)
+        for ((i = 0; i < repeats; ++i)); do restart_from_monitor || status=1; done
         ;;
     twin)
         for ((i = 0; i < repeats; ++i)); do

@@ -13,7 +13,9 @@ import sys
 
 NONE, TRADITIONAL, DURABLE = 'No Checkpoint', 'Traditional PyTorch Checkpoint', 'Traditional PyTorch Checkpoint (durable)'
 ORIGINAL, LAYERWISE = 'Original PCCheck', 'Layerwise PCCheck (Improved)'
-SHORT = {NONE: 'none', TRADITIONAL: 'traditional', DURABLE: 'traditional-durable', ORIGINAL: 'original', LAYERWISE: 'layerwise'}
+WITH_MONITOR = LAYERWISE + ', monitor'
+SHORT = {NONE: 'none', TRADITIONAL: 'traditional', DURABLE: 'traditional-durable', ORIGINAL: 'original', LAYERWISE: 'layerwise',
+         WITH_MONITOR: 'layerwise-monitor'}
 
 
 def at(tree, path, otherwise=None):
@@ -55,7 +57,7 @@ def median_with_interval(values):
 
 class Measured:
     def __init__(self, folder):
-        self.comparisons, self.twins = {}, {}
+        self.comparisons, self.twins, self.restarts = {}, {}, []
         for name in sorted(os.listdir(folder) if os.path.isdir(folder) else []):
             inside = os.path.join(folder, name)
             for file in sorted(os.listdir(inside)):
@@ -65,6 +67,9 @@ class Measured:
                 elif file == 'twin.jsonl':
                     with open(os.path.join(inside, file)) as f:
                         self.twins[name] = [json.loads(line) for line in f]
+                elif file == 'restart.log':
+                    with open(os.path.join(inside, file)) as f:
+                        self.restarts = [(float(line.split('(')[-1].split()[0]), 'memory' in line) for line in f]
 
     def newest(self, name):
         return self.comparisons.get(name, [None])[-1]
@@ -127,6 +132,27 @@ def twin_tables(m, names):
                     ['method', 'drained s', 'loop s', 'step ms', 'save ms', 'p99', 'latency', 'GB/s', 'runs'], rows)
 
 
+def monitor_targets(m, add):
+    document = m.newest('monitor')
+    if document:
+        direct, relayed = (at(document['results'], f'{key}.repeats') for key in (LAYERWISE, WITH_MONITOR))
+        for path, limit in (('drained_time_sec', 1.02), ('loop_time_sec', 1.02), ('stall.mean_ms', 1.02), ('stall.p50_ms', 1.02), ('cpu_time_sec', 1)):
+            middle, low, high = median_with_interval([at(a, path) / at(b, path) for a, b in zip(relayed, direct)])
+            add(f'monitor over none of it: {path} ({len(direct)} pairs, {low:.2f} to {high:.2f})', middle, limit)
+    document = m.newest('every-step-monitor')
+    if document:
+        nones = at(document['results'], f'{NONE}.repeats')
+        for key in (LAYERWISE, WITH_MONITOR):
+            runs = at(document['results'], f'{key}.repeats')
+            middle, low, high = median_with_interval([a['loop_time_sec'] / b['loop_time_sec'] for a, b in zip(runs, nones)])
+            safe = at(document['results'], f'{key}.crash_safe')
+            add(f'every step, standard: {SHORT[key]} loop over none ({len(runs)} pairs, {low:.3f} to {high:.3f}'
+                f'{f", {safe} of " + str(document["config"]["training"]["num_steps"]) + " crash-safe" if safe else ""})', middle, 1.03)
+    if m.restarts:
+        add(f'restart from the monitor, GB/s ({sum(memory for _, memory in m.restarts)} of {len(m.restarts)} from its memory)',
+            statistics.median(rate for rate, _ in m.restarts), 20, True)
+
+
 def targets(m):
     rows = []
 
@@ -164,6 +190,7 @@ def targets(m):
             if bytes_gb and best:
                 rate = m.result(name, key, 'durable') * bytes_gb / m.result(name, key, 'drained_time_sec')
                 add(f'every step, {size}: {short} durable GB/s {rate:.2f} over the disk\'s {best:.2f}', rate / best, 0.9, True)
+    monitor_targets(m, add)
     for size in ('standard', 'large'):
         ours = [at(d, f'results.{NONE}.loop_time_sec') for d in m.comparisons.get(f'twin-{size}', [])]
         for lazy in (False, True):

@@ -2,7 +2,6 @@
 
 #include <dlfcn.h>
 
-#include <cstdlib>
 
 #include "device_model.hpp"
 #include "varve/scheduling/layerwise.hpp"
@@ -123,7 +122,7 @@ bool transfers(device_model& model, cudaStream_t stream) {
 template <class Run>
 void each_is_refused(Run run) {
     // A sanitizer takes its time over each call.
-    int const stride = std::getenv("VARVE_TEST_SANITIZER") ? 29 : 1;
+    int const stride = sanitized() ? 29 : 1;
     for (int n = 1;; n += stride) {
         has_failed = false;
         until_failure = n;

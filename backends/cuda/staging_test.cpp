@@ -28,7 +28,7 @@ void never_mixes_steps(Scheduling scheduling, std::size_t pool_blocks, std::size
     {
         checkpointer<Scheduling> ck(model.state(), pinned_staging(pool_blocks * block, block, {.snapshots = snapshots}), scheduling,
                                     checking_sink(model.state(), log));
-        for (std::uint64_t step = 1; step <= (full() ? 60u : 15u); ++step) {
+        for (std::uint64_t step = 1; step <= mixing_steps(); ++step) {
             if (step % 3 == 0) {
                 for (std::size_t l = 0; l < model.layers(); ++l) {
                     ck.before_update(l, {stream});

@@ -53,7 +53,7 @@ void never_mixes_steps(Scheduling scheduling, std::size_t pool_blocks, std::size
     {
         checkpointer<Scheduling> ck(model.state(), staging(pool_blocks * block, block, {.snapshots = snapshots}), scheduling,
                                     checking_sink(model.state(), log));
-        for (std::uint64_t step = 1; step <= (full() ? 60u : 15u); ++step) {
+        for (std::uint64_t step = 1; step <= mixing_steps(); ++step) {
             bool const saves = step % 3 != 0;
             if (saves) ck.begin(step);
             for (std::size_t l = 0; l < model.layers(); ++l) {
