@@ -2,7 +2,6 @@
 
 #include <dlfcn.h>
 
-
 #include "device_model.hpp"
 #include "varve/scheduling/layerwise.hpp"
 
