@@ -274,6 +274,18 @@ BOOST_FIXTURE_TEST_CASE(stop_finishes_what_is_crash_safe_and_removes_the_socket,
     BOOST_TEST(t.holds(file(9), 9));
 }
 
+BOOST_AUTO_TEST_CASE(of_a_monitor_that_has_ended_nothing_is_left) {
+    auto const held = std::make_shared<int>();
+    {
+        workplace w(true, [&](auto& o) { o.log = [held](auto const&) {}; });
+        auto t = w.trainer(2);
+        t.greet();
+        t.save(1, 1);
+        t.peer.expect<wire::durable>();
+    }
+    BOOST_TEST(held.use_count() == 1);
+}
+
 BOOST_AUTO_TEST_CASE(a_monitor_for_once_ends_with_its_trainer) {
     workplace w(true, [](auto& o) { o.once = true; o.linger = 200ms; });
     {

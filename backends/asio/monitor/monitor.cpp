@@ -22,7 +22,10 @@ monitor::~monitor() {
 
 void monitor::run() { impl_->core->run(); }
 void monitor::stop() noexcept {
-    boost::asio::post(impl_->core->context(), [core = impl_->core] { core->stop(); });
+    // What is posted once run() has returned stays where it is, in a context that the core itself owns.
+    boost::asio::post(impl_->core->context(), [core = std::weak_ptr(impl_->core)] {
+        if (auto const in = core.lock()) in->stop();
+    });
 }
 std::vector<address> monitor::where() const { return impl_->core->where(); }
 std::string monitor::status() const { return impl_->core->status(); }
