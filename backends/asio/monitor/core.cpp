@@ -68,13 +68,15 @@ void core::accept(std::size_t i) {
             if (self->stopping_) return;
             // The socket is 0600; this is for whoever changed that.
             bool const stranger = s && s->peer_uid() && *s->peer_uid() != ::geteuid() && *s->peer_uid() != 0;
-            if (s && !stranger && self->sessions_.size() < most_sessions) try {
+            if (s && !stranger && self->sessions_.size() < most_sessions) {
+                try {
                     auto const made = std::make_shared<session>(self, std::move(s));
                     self->sessions_.insert(made);
                     made->start();
                 } catch (std::exception const&) {
                     ec = std::make_error_code(std::errc::not_enough_memory);
                 }
+            }
         }
         if (!ec) return self->accept(i);
         // Out of descriptors, as a rule: they come back when somebody leaves.
