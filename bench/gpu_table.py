@@ -132,18 +132,24 @@ def twin_tables(m, names):
                     ['method', 'drained s', 'loop s', 'step ms', 'save ms', 'p99', 'latency', 'GB/s', 'runs'], rows)
 
 
+def repeats(document, key):
+    """A method's runs, also where there was one."""
+    result = document['results'][key]
+    return result.get('repeats') or [result]
+
+
 def monitor_targets(m, add):
     document = m.newest('monitor')
     if document:
-        direct, relayed = (at(document['results'], f'{key}.repeats') for key in (LAYERWISE, WITH_MONITOR))
+        direct, relayed = (repeats(document, key) for key in (LAYERWISE, WITH_MONITOR))
         for path, limit in (('drained_time_sec', 1.02), ('loop_time_sec', 1.02), ('stall.mean_ms', 1.02), ('stall.p50_ms', 1.02), ('cpu_time_sec', 1)):
             middle, low, high = median_with_interval([at(a, path) / at(b, path) for a, b in zip(relayed, direct)])
             add(f'monitor over none of it: {path} ({len(direct)} pairs, {low:.2f} to {high:.2f})', middle, limit)
     document = m.newest('every-step-monitor')
     if document:
-        nones = at(document['results'], f'{NONE}.repeats')
+        nones = repeats(document, NONE)
         for key in (LAYERWISE, WITH_MONITOR):
-            runs = at(document['results'], f'{key}.repeats')
+            runs = repeats(document, key)
             middle, low, high = median_with_interval([a['loop_time_sec'] / b['loop_time_sec'] for a, b in zip(runs, nones)])
             safe = at(document['results'], f'{key}.crash_safe')
             add(f'every step, standard: {SHORT[key]} loop over none ({len(runs)} pairs, {low:.3f} to {high:.3f}'
