@@ -108,6 +108,8 @@ std::string help_text() {
            "Owns the stores below D for trainers (train and bench with --monitor), writes and commits what they hand over, and outlives\n"
            "them: a checkpoint that is whole here becomes durable whatever becomes of its trainer, and the newest one stays in memory for\n"
            "a while, for a restart. Ends on SIGTERM or SIGINT once everything whole is committed.\n"
+           "With --peer every checkpoint that is committed here is sent to a monitor on another host too, and a restart may come from there:\n"
+           "what is not here, or newer there, is fetched. Nothing here waits for the peer; one that is slow or away gets the newest when it can.\n"
            "It never holds more memory than --memory-mb (here " + std::to_string(quarter) + " MB unless it is given): a trainer whose pool is larger is refused.\n";
 }
 
@@ -119,7 +121,8 @@ int monitor(std::vector<std::string> const& args, std::ostream& out, std::ostrea
     auto text = [](char const* name) { return po::value<std::string>()->value_name(name); };
     where.add_options()("dir", text("D"), "stores that trainers name stand below it; made if absent")(
         "unix", text("PATH"), "listen at a Unix socket, mode 0600; a dead monitor's is replaced")(
-        "tcp", text("HOST:PORT"), "listen at TCP; without certificates a loopback address alone");
+        "tcp", text("HOST:PORT"), "listen at TCP; without certificates a loopback address alone")(
+        "peer", text("HOST:PORT"), "the monitor that gets a copy of every store, under its folder's name; without certificates on loopback alone");
     what.add_options()("linger", po::value<std::string>()->value_name("S")->default_value("60"), "seconds that the newest checkpoint stays in memory once its trainer has gone")(
         "memory-mb", text("M"), "MB (10^6 bytes) that pools and lingering checkpoints may take together (default: a quarter of the usable memory)")(
         "num-threads", po::value<std::string>()->value_name("N")->default_value("8"), "writes at once to the disk");
@@ -140,6 +143,14 @@ int monitor(std::vector<std::string> const& args, std::ostream& out, std::ostrea
     o.dir = std::filesystem::absolute((*values)["dir"].as<std::string>());
     o.listen = addresses(*values);
     o.tls = tls_of(*values, true);
+    if (values->count("peer")) {
+        try {
+            o.peer = asio::parse_address("tcp:" + (*values)["peer"].as<std::string>());
+        } catch (error const& e) {
+            throw usage_error(std::string("--peer: ") + e.what());
+        }
+        o.peer_tls = tls_of(*values, false);
+    }
     o.linger = std::chrono::seconds(number(*values, "linger", 1'000'000));
     o.memory_limit_bytes = values->count("memory-mb") ? number(*values, "memory-mb", 1'000'000'000) * 1'000'000 : usable_memory_bytes() / 4;
     o.writes_at_once = static_cast<unsigned>(number(*values, "num-threads", 1024));
@@ -173,6 +184,7 @@ int monitor(std::vector<std::string> const& args, std::ostream& out, std::ostrea
         throw;
     }
     for (auto const& at : serving->where()) o.log("listens at " + at.text() + ", holds at most " + std::to_string(o.memory_limit_bytes / 1'000'000) + " MB");
+    if (o.peer) o.log("sends copies to the peer at " + o.peer->text() + (o.peer_tls ? ", TLS" : ""));
     signals.watch([&] {
         notify("STOPPING=1");
         serving->stop();

@@ -95,6 +95,17 @@ int print_monitor_status(asio::address const& at, std::shared_ptr<asio::tls_cont
         if (s.contains("write_gb_per_s")) out << ", " << std::setprecision(3) << s["write_gb_per_s"].get<double>() << " GB/s";
         out << '\n';
     }
+    if (status.contains("peer"))
+        for (auto const& s : status["peer"]["stores"]) {
+            out << s["path"].get<std::string>() << ": peer " << status["peer"]["address"].get<std::string>() << (s["connected"] == true ? ", connected" : ", not connected");
+            if (s.contains("why")) out << " (" << s["why"].get<std::string>() << ")";
+            if (s.contains("crash_safe_step")) out << ", crash-safe step " << s["crash_safe_step"];
+            if (s.contains("durable_step")) out << ", durable step " << s["durable_step"];
+            if (s.contains("step")) out << " of " << s["step"];
+            out << ", " << gigabytes(s["bytes_sent"]) << " sent";
+            if (s.contains("sent_gb_per_s")) out << ", " << std::setprecision(3) << s["sent_gb_per_s"].get<double>() << " GB/s";
+            out << '\n';
+        }
     if (status.contains("lingering"))
         for (auto const& l : status["lingering"])
             out << l["path"].get<std::string>() << ": step " << l["step"] << " lingers in memory, " << gigabytes(l["bytes"]) << ", "

@@ -29,6 +29,7 @@ inline wire::hello some_hello() {
     h.prepare = varve::prepare_mode::none;
     h.fresh = true;
     h.region_bytes = {1u << 30, 4u << 20};
+    h.relayed = true;
     return h;
 }
 

@@ -75,7 +75,7 @@ void dialogue::send_bytes(std::span<std::byte const> bytes, deadline until, std:
     throw lost(stream_->peer(), failed.message());
 }
 
-frame dialogue::receive(deadline until) {
+frame dialogue::receive(deadline until, std::chrono::milliseconds a_ping_adds) {
     for (;;) {
         while (auto const next = buffer_.next()) {
             auto const& [type, payload] = *next;
@@ -84,6 +84,7 @@ frame dialogue::receive(deadline until) {
                 throw error(why.code ? why.code : make_error_code(errc::monitor_lost), why.text);
             }
             if (type != wire::message::ping) return {type, {payload.begin(), payload.end()}};
+            until = std::max(until, std::chrono::steady_clock::now() + a_ping_adds);
             send(wire::pong{}, until);
         }
         bool done = false;

@@ -19,7 +19,8 @@ constexpr std::chrono::milliseconds looks_up_every{20};  ///< who waits for the 
 
 }  // namespace
 
-relay::relay(address where, std::string store, monitor_sink_options options) : where_(std::move(where)), store_(std::move(store)), options_(std::move(options)) {}
+relay::relay(address where, std::string store, monitor_sink_options options, bool for_monitor)
+    : where_(std::move(where)), store_(std::move(store)), options_(std::move(options)), for_monitor_(for_monitor) {}
 
 relay::~relay() {
     auto const until = clock::now() + options_.goodbye_limit;
@@ -54,6 +55,7 @@ int relay::register_memory(std::span<std::byte> region) {
 void relay::introduce(relayed_run const& run) {
     std::lock_guard connecting(connecting_);
     hello_.store = store_;
+    hello_.relayed = for_monitor_;
     hello_.made_by = options_.files.made_by;
     hello_.extension = run.extension;
     hello_.layers = run.tensors.layers;
@@ -157,6 +159,12 @@ std::shared_ptr<session> relay::connected() {
     }
 }
 
+void relay::cancel() noexcept {
+    ending_ = true;
+    std::lock_guard lock(mutex_);
+    if (current_) current_->finish(std::chrono::milliseconds(0));
+}
+
 std::shared_ptr<relayed_save> relay::open(std::uint64_t step) {
     auto const s = connected();
     std::uint64_t id = 0;
@@ -220,7 +228,7 @@ bool relay::try_to_settle(session& ended) noexcept {
     }
 }
 
-std::optional<fetched_checkpoint> relay::fetch(std::optional<std::uint64_t> step, std::uint32_t skip) {
+std::optional<fetched_checkpoint> relay::fetch(std::optional<std::uint64_t> step, std::uint32_t skip, receiver const& into) {
     std::unique_ptr<dialogue> open;
     {
         std::lock_guard connecting(connecting_);
@@ -229,11 +237,13 @@ std::optional<fetched_checkpoint> relay::fetch(std::optional<std::uint64_t> step
     wire::hello h;
     h.purpose = wire::purpose::fetch;
     h.store = store_;
+    h.relayed = for_monitor_;
     h.extension = ".safetensors";
     open->send(h, clock::now() + options_.connect_limit);
     open->expect<wire::welcome>(clock::now() + options_.welcome_limit);
     open->send(wire::fetch{step.has_value(), step.value_or(0), skip}, clock::now() + options_.connect_limit);
-    auto const about = open->expect<wire::image>(clock::now() + options_.welcome_limit);
+    // It may have to be fetched from a peer first.
+    auto const about = open->expect<wire::image>(clock::now() + options_.welcome_limit, options_.silence_limit);
     if (about.size_bytes == 0) return std::nullopt;
     fetched_checkpoint out{{}, about.step, about.sequence, about.name};
     if (open->stream().passes_descriptors()) {
@@ -241,28 +251,33 @@ std::optional<fetched_checkpoint> relay::fetch(std::optional<std::uint64_t> step
         if (descriptors.size() != 1) throw error(errc::malformed, "malformed message: an image without its descriptor");
         out.file = std::move(descriptors.front());
     } else {
-        out.file = receive_image(*open, about);
+        out.file = into(about);
+        if (!out.file) return out;
+        receive_image(*open, about, out.file.get());
     }
     open->send(wire::goodbye{}, clock::now() + options_.connect_limit);
     return out;
 }
 
-file_descriptor relay::receive_image(dialogue& from, wire::image const& about) {
+file_descriptor relay::in_memory(wire::image const& about) {
     file_descriptor fd(::memfd_create("varve-fetched", MFD_CLOEXEC), system_calls::kernel());
     if (!fd || ::ftruncate(fd.get(), static_cast<off_t>(about.size_bytes)) != 0) throw_if(last_system_error(errno), "no memory for the checkpoint");
+    return fd;
+}
+
+void relay::receive_image(dialogue& from, wire::image const& about, int into) {
     for (std::uint64_t at = 0; at < about.size_bytes;) {
         auto const piece = from.expect<wire::image_data>(clock::now() + options_.connect_limit);
         if (piece.offset != at || piece.bytes.empty() || piece.bytes.size() > about.size_bytes - at)
             throw error(errc::malformed, "malformed message: a piece of an image out of its place");
         for (std::size_t done = 0; done < piece.bytes.size();) {
-            auto const n = ::pwrite(fd.get(), piece.bytes.data() + done, piece.bytes.size() - done, static_cast<off_t>(at + done));
+            auto const n = ::pwrite(into, piece.bytes.data() + done, piece.bytes.size() - done, static_cast<off_t>(at + done));
             if (n < 0 && errno == EINTR) continue;
-            if (n <= 0) throw_if(last_system_error(errno), "no memory for the checkpoint");
+            if (n <= 0) throw_if(last_system_error(errno), "no room for the checkpoint");
             done += static_cast<std::size_t>(n);
         }
         at += piece.bytes.size();
     }
-    return fd;
 }
 
 std::string relay::describe() const {

@@ -4,6 +4,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -21,15 +22,25 @@ namespace varve::asio::client {
 /// What a monitor_sink has: the run, and a connection that is made anew when it was lost. Thread-safe.
 class relay {
 public:
-    relay(address where, std::string store, monitor_sink_options options);
+    /// Gives the file that an image's bytes are received into; one that is not open means that they are not wanted.
+    using receiver = std::function<file_descriptor(wire::image const& about)>;
+
+    /// `for_monitor`: what it brings and asks for is not passed on by the one that it talks to.
+    relay(address where, std::string store, monitor_sink_options options, bool for_monitor = false);
     ~relay();
 
     int register_memory(std::span<std::byte> region);
     void introduce(relayed_run const& run);
     bool by_reference() const noexcept { return by_reference_; }
     std::shared_ptr<relayed_save> open(std::uint64_t step);
-    std::optional<fetched_checkpoint> fetch(std::optional<std::uint64_t> step, std::uint32_t skip);
+    /// Over TCP the bytes go to memory of their own, or where `into` says.
+    std::optional<fetched_checkpoint> fetch(std::optional<std::uint64_t> step, std::uint32_t skip, receiver const& into = in_memory);
     std::string describe() const;
+
+    /// The current connection, made anew if it is lost. Throws errc::monitor_lost.
+    std::shared_ptr<session> connected();
+    /// Ends whatever waits here, the connection too; nothing is begun any more.
+    void cancel() noexcept;
 
 private:
     /// A connection, and where there is none, one to the monitor that `respawn` starts. Throws errc::monitor_lost.
@@ -37,18 +48,18 @@ private:
     std::unique_ptr<dialogue> try_to_reach();
     /// Says hello and makes the connection the current one. Throws what the monitor refuses with.
     std::shared_ptr<session> greet(std::unique_ptr<dialogue> open);
-    /// The current connection, made anew if it is lost. Throws errc::monitor_lost.
-    std::shared_ptr<session> connected();
     void install(std::shared_ptr<session> s);
     void run(std::stop_token stop);
     void settle(session& ended, session::loans loans) noexcept;
     bool try_to_settle(session& ended) noexcept;
     std::shared_ptr<session> greet_again(std::unique_ptr<dialogue> open, session const& last);
-    file_descriptor receive_image(dialogue& from, wire::image const& about);
+    void receive_image(dialogue& from, wire::image const& about, int into);
+    static file_descriptor in_memory(wire::image const& about);
 
     address const where_;
     std::string const store_;
     monitor_sink_options const options_;
+    bool const for_monitor_;
     bool by_reference_ = false;
 
     std::atomic<bool> ending_{false};

@@ -93,7 +93,7 @@ void relayed_save::failed(std::error_code why) noexcept {
 // ---- the connection ----
 
 session::session(std::unique_ptr<dialogue> open, wire::welcome const& greeting, session_settings settings)
-    : dialogue_(std::move(open)), settings_(std::move(settings)), silence_(dialogue_->context()), end_(dialogue_->context()),
+    : dialogue_(std::move(open)), settings_(std::move(settings)), greeting_(greeting), silence_(dialogue_->context()), end_(dialogue_->context()),
       next_number_(dialogue_->writer().next()), credit_(greeting.credit_bytes) {}
 
 session::loans session::run() noexcept {

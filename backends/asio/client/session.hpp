@@ -81,6 +81,7 @@ public:
     /// returns then.
     void finish(std::chrono::milliseconds limit) noexcept;
 
+    wire::welcome const& greeting() const noexcept { return greeting_; }
     bool is_lost() const noexcept;
     std::string why_lost() const;
     bool saw_durable() const noexcept { return saw_durable_; }
@@ -120,6 +121,7 @@ private:
 
     std::unique_ptr<dialogue> dialogue_;
     session_settings const settings_;
+    wire::welcome const greeting_;
     boost::asio::steady_timer silence_, end_;
     std::chrono::steady_clock::time_point heard_{};
     std::uint64_t next_number_;  ///< of the frames sent; the running thread's

@@ -10,6 +10,7 @@
 #include "varve/detail/text.hpp"
 
 #include "session.hpp"
+#include "transport/addresses.hpp"
 
 namespace varve::asio::server {
 
@@ -26,11 +27,15 @@ std::string megabytes(std::uint64_t bytes) { return std::to_string((bytes + 999'
 
 }  // namespace
 
-core::core(monitor_options options) : options_(std::move(options)), work_(context_.get_executor()), first_trainer_(context_), budget_(options_.memory_limit_bytes) {}
+core::core(monitor_options options) : options_(std::move(options)), work_(context_.get_executor()), first_trainer_(context_), farewell_(context_), budget_(options_.memory_limit_bytes) {}
 core::~core() = default;
 
 void core::listen() {
     if (options_.listen.empty()) throw error(std::make_error_code(std::errc::invalid_argument), "a monitor needs an address to listen at");
+    if (options_.peer && !options_.peer_tls) {
+        auto const found = transport::resolve(*options_.peer, false);
+        transport::expect_loopback(*options_.peer, found->ai_addr);
+    }
     for (auto const& at : options_.listen) {
         listeners_.push_back(std::make_unique<listener>(context_.get_executor(), at, at.is_unix() ? nullptr : options_.tls));
         where_.push_back(listeners_.back()->where());
@@ -57,6 +62,8 @@ void core::run() {
     std::vector<std::jthread> others;
     for (unsigned i = 1; i < options_.threads; ++i) others.emplace_back(serve);
     serve();
+    others.clear();
+    if (askers_) askers_->join();
 }
 
 std::vector<address> core::where() const { return where_; }
@@ -97,6 +104,18 @@ void core::stop() {
         for (auto& [path, l] : lingering_) l.timer->cancel();
         lingering_.clear();
         first_trainer_.cancel();
+        for (auto* asks : asking_) asks->cancel();
+        // What a store still commits is sent too.
+        for (auto const& [path, copy] : replicas_)
+            if (!stores_.contains(path)) copy->finish_within(options_.peer_farewell);
+        if (!replicas_.empty()) {
+            farewell_.expires_after(options_.peer_farewell);
+            farewell_.async_wait([self = shared_from_this()](boost::system::error_code ec) {
+                if (ec) return;
+                std::lock_guard inner(self->mutex_);
+                for (auto const& [path, copy] : self->replicas_) copy->cancel();
+            });
+        }
     }
     for (auto& l : listeners_) l->close();
     for (auto const& s : all) s->end(error(errc::cancelled, "the monitor is ending"));
@@ -116,9 +135,11 @@ void core::look_if_over() {
     {
         std::lock_guard lock(mutex_);
         if (!stores_.empty() || !sessions_.empty()) return;
-        if (stopping_)
+        if (stopping_) {
+            if (std::any_of(replicas_.begin(), replicas_.end(), [](auto const& r) { return !r.second->over(); })) return;
+            farewell_.cancel();
             work_.reset();
-        else
+        } else
             stop_now = options_.once && had_trainer_ && lingering_.empty();
     }
     if (stop_now) stop();
@@ -216,10 +237,11 @@ void core::attach_trainer(std::filesystem::path const& path, wire::hello hello, 
         });
     };
     hooks.tell = call.tell;
-    hooks.became_durable = [in_map, path] {
-        in_map([path](core& in, std::shared_ptr<held_store> const&) {
+    hooks.became_durable = [in_map, path](std::uint64_t step, std::uint64_t sequence) {
+        in_map([path, step, sequence](core& in, std::shared_ptr<held_store> const&) {
             std::lock_guard lock(in.mutex_);
             in.drop_lingering(path);
+            if (auto it = in.replicas_.find(path); it != in.replicas_.end()) it->second->offer({step, sequence});
         });
     };
     hooks.more_memory = [self = weak_from_this(), path](std::uint64_t bytes) -> std::optional<memory_budget::lease> {
@@ -284,9 +306,36 @@ void core::store_opened(std::filesystem::path const& path, std::shared_ptr<held_
         // Not before: one that is refused changes nothing.
         if (fresh) drop_lingering(path);
         if (auto it = lingering_.find(path); it != lingering_.end()) w.memory_step = it->second.image->step;
+        if (options_.peer && !store->trained().relayed) replicate(path, store->trained(), found);
     }
     log(path.string() + ": opened for " + call.peer);
     call.good(store, w);
+}
+
+/// With the mutex held.
+void core::replicate(std::filesystem::path const& path, wire::hello const& run, opened_store const& found) {
+    replica_settings s;
+    s.peer = *options_.peer;
+    s.tls = options_.peer_tls;
+    s.retry_every = options_.peer_retry;
+    s.store = path;
+    s.run = run;
+    // The core outlives its replicas.
+    s.memory = [this, path](std::uint64_t bytes) {
+        std::lock_guard lock(mutex_);
+        make_room(path, bytes);
+        return budget_.take(bytes);
+    };
+    s.log = [this](std::string const& line) { log(line); };
+    s.ended = [this, weak = weak_from_this()] {
+        boost::asio::post(context_, [weak] {
+            if (auto const self = weak.lock()) self->look_if_over();
+        });
+    };
+    auto& copy = replicas_[path];
+    if (copy) copy->cancel();
+    s.after = std::move(copy);
+    copy = std::make_shared<replica>(std::move(s), found.durable_step > 0 ? std::optional(local_checkpoint{found.durable_step, found.durable_sequence}) : std::nullopt);
 }
 
 void core::detach(std::shared_ptr<held_store> const& store, bool farewell) {
@@ -306,6 +355,12 @@ void core::store_closed(std::filesystem::path const& path, std::unique_ptr<kept_
         if (auto it = stores_.find(path); it != stores_.end()) {
             gone = std::move(it->second);
             stores_.erase(it);
+        }
+        if (auto it = replicas_.find(path); it != replicas_.end()) {
+            if (stopping_)
+                it->second->finish_within(options_.peer_farewell);
+            else
+                it->second->finish();
         }
         if (kept && !stopping_) {
             log(path.string() + ": the checkpoint of step " + std::to_string(kept->step) + " lingers in memory");

@@ -2,6 +2,7 @@
 
 #include <boost/asio/io_context.hpp>
 #include <boost/asio/steady_timer.hpp>
+#include <boost/asio/thread_pool.hpp>
 
 #include <cstdint>
 #include <filesystem>
@@ -21,6 +22,7 @@
 #include "held_store.hpp"
 #include "kept_image.hpp"
 #include "memory_budget.hpp"
+#include "replica.hpp"
 
 namespace varve::asio::server {
 
@@ -69,6 +71,10 @@ public:
 
     /// Nothing where there is no such checkpoint. `store` is what HELLO said; `held` the trainer's own, or null.
     std::optional<found_image> find(std::string const& store, bool over_network, held_store const* held, wire::fetch const& what);
+    /// The same, where the peer may have a newer one, or one that is not here: it is asked, on a thread of its own. `held` may be
+    /// null. Neither is called where the monitor ends meanwhile.
+    void find_at_peer_too(std::string const& store, bool over_network, std::shared_ptr<held_store> held, wire::fetch const& what,
+                          std::function<void(std::optional<found_image>)> good, std::function<void(error const&)> refused);
 
 private:
     struct lingering {
@@ -88,6 +94,10 @@ private:
     void make_room(std::filesystem::path const& path, std::uint64_t bytes);
     memory_budget::lease take_memory(std::filesystem::path const& path, wire::hello const& hello);
     void store_opened(std::filesystem::path const& path, std::shared_ptr<held_store> const& store, opened_store const& found, bool fresh, attached const& call);
+    void replicate(std::filesystem::path const& path, wire::hello const& run, opened_store const& found);
+    std::optional<found_image> find_here(std::filesystem::path const& path, held_store const* held, wire::fetch const& what);
+    std::vector<std::uint64_t> steps_here(std::filesystem::path const& path, held_store const* held);
+    std::optional<found_image> find_at_either(std::filesystem::path const& path, held_store const* held, wire::fetch const& what);
     void store_closed(std::filesystem::path const& path, std::unique_ptr<kept_image> kept);
     void drop_lingering(std::filesystem::path const& path);
     void look_if_over();
@@ -97,16 +107,19 @@ private:
     std::optional<boost::asio::executor_work_guard<boost::asio::io_context::executor_type>> work_;
     std::vector<std::unique_ptr<listener>> listeners_;
     std::vector<address> where_;
-    boost::asio::steady_timer first_trainer_;
+    boost::asio::steady_timer first_trainer_, farewell_;
     memory_budget budget_;
 
     mutable std::mutex mutex_;
     std::set<std::shared_ptr<session>> sessions_;
     std::map<std::filesystem::path, std::shared_ptr<held_store>> stores_;
     std::map<std::filesystem::path, lingering> lingering_;
+    std::map<std::filesystem::path, std::shared_ptr<replica>> replicas_;  ///< of stores that have been open, with a peer
+    std::set<client::relay*> asking_;  ///< the peer, for somebody
     std::vector<waiting> waiting_;
     std::uint64_t last_waiting_ = 0;
     bool stopping_ = false, had_trainer_ = false;
+    std::optional<boost::asio::thread_pool> askers_;
 };
 
 }  // namespace varve::asio::server

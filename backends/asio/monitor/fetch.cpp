@@ -59,11 +59,26 @@ std::optional<found_image> find_on_disk(std::filesystem::path const& folder, hel
     return std::nullopt;
 }
 
+/// What `look` finds. A save that became durable meanwhile lets go of an older one: then it looks again.
+template <class Look>
+auto looked_up(Look look) {
+    for (int looks = 1;; ++looks) {
+        try {
+            return look();
+        } catch (error const& e) {
+            if (e.code() != std::errc::no_such_file_or_directory || looks == most_looks) throw;
+        }
+    }
+}
+
 }  // namespace
 
 /// What lingers in memory comes first, though it may be on disk too: a copy that turns out broken leaves the other.
 std::optional<found_image> core::find(std::string const& store, bool over_network, held_store const* held, wire::fetch const& what) {
-    auto const path = path_of(store, over_network);
+    return find_here(path_of(store, over_network), held, what);
+}
+
+std::optional<found_image> core::find_here(std::filesystem::path const& path, held_store const* held, wire::fetch const& what) {
     auto const step = what.has_step ? std::optional(what.step) : std::nullopt;
     auto skip = what.skip;
     {
@@ -77,14 +92,17 @@ std::optional<found_image> core::find(std::string const& store, bool over_networ
             return found_image{kept.step, kept.sequence, kept.size_bytes, true, "the monitor's memory", std::move(fd)};
         }
     }
-    // A save that became durable meanwhile lets go of an older one.
-    for (int looks = 1;; ++looks) {
-        try {
-            return find_on_disk(path, held, step, skip);
-        } catch (error const& e) {
-            if (e.code() != std::errc::no_such_file_or_directory || looks == most_looks) throw;
-        }
+    return looked_up([&] { return find_on_disk(path, held, step, skip); });
+}
+
+std::vector<std::uint64_t> core::steps_here(std::filesystem::path const& path, held_store const* held) {
+    std::vector<std::uint64_t> out;
+    {
+        std::lock_guard lock(mutex_);
+        if (auto it = lingering_.find(path); it != lingering_.end()) out.push_back(it->second.image->step);
     }
+    for (auto const& c : looked_up([&] { return held ? held->checkpoints() : checkpoints_in(path); })) out.push_back(c.step);
+    return out;
 }
 
 std::string core::status() const {
@@ -102,6 +120,13 @@ std::string core::status() const {
         nlohmann::json one{{"path", varve::detail::printable(path.string())}, {"trainer", store->has_trainer()}};
         store->describe(one);
         out["stores"].push_back(std::move(one));
+    }
+    if (options_.peer) {
+        auto& peer = out["peer"];
+        peer["address"] = varve::detail::printable(options_.peer->text());
+        peer["tls"] = options_.peer_tls != nullptr;
+        peer["stores"] = nlohmann::json::array();
+        for (auto const& [path, copy] : replicas_) copy->describe(peer["stores"].emplace_back());
     }
     for (auto const& [path, l] : lingering_) {
         if (!out.contains("lingering")) out["lingering"] = nlohmann::json::array();

@@ -46,7 +46,7 @@ struct store_hooks {
     std::function<void(opened_store const&)> opened;
     std::function<void(error const&)> not_opened;
     std::function<void(notice)> tell;
-    std::function<void()> became_durable;
+    std::function<void(std::uint64_t step, std::uint64_t sequence)> became_durable;
     /// Memory on top of what the store has; nothing where there is no room for it. With no lock held.
     std::function<std::optional<memory_budget::lease>(std::uint64_t bytes)> more_memory;
     /// The last call, once the trainer has gone and everything crash-safe is committed: the store is closed.
@@ -91,6 +91,7 @@ public:
     bool has_trainer() const;
 
     std::filesystem::path const& path() const noexcept { return path_; }
+    wire::hello const& trained() const noexcept { return hello_; }
     std::vector<stored_checkpoint> checkpoints() const;
     void describe(nlohmann::json& out) const;
 

@@ -179,6 +179,7 @@ void session::take(wire::hello m) {
     state_ = state::attaching;
     purpose_ = m.purpose;
     store_name_ = m.store;
+    relayed_ = m.relayed;
     bool const lends = !m.region_bytes.empty();
     auto weak = weak_from_this();
     auto posted = [weak, executor = stream_->executor()](auto call) {
@@ -211,8 +212,23 @@ void session::welcome(std::shared_ptr<held_store> const& store, wire::welcome co
 
 void session::take(wire::fetch const& m) {
     if (purpose_ == wire::purpose::status) refuse("FETCH on a connection for the status");
-    if (sending_) refuse("FETCH before the last one was answered");
-    auto found = core_->find(store_name_, over_network_, store_.get(), m);
+    if (sending_ || asking_peer_) refuse("FETCH before the last one was answered");
+    if (!core_->options().peer || relayed_) return answer(core_->find(store_name_, over_network_, store_.get(), m));
+    asking_peer_ = true;
+    auto posted = [weak = weak_from_this(), executor = stream_->executor()](auto call) {
+        boost::asio::post(executor, [weak, call = std::move(call)]() mutable {
+            auto const self = weak.lock();
+            if (!self || self->state_ >= state::ending) return;
+            self->asking_peer_ = false;
+            self->guarded([&] { call(*self); });
+        });
+    };
+    core_->find_at_peer_too(store_name_, over_network_, store_, m,
+                            [posted](std::optional<found_image> found) { posted([found = std::move(found)](session& self) mutable { self.answer(std::move(found)); }); },
+                            [posted](error const& e) { posted([e](session& self) { self.fail(e); }); });
+}
+
+void session::answer(std::optional<found_image> found) {
     if (!found) return send(wire::image{});
     wire::image const answer{found->step, found->sequence, found->size_bytes, found->in_memory, found->name};
     if (over_network_) {

@@ -57,6 +57,7 @@ private:
     void take(wire::commit m) { trainers().take(std::move(m)); }
     void take(wire::abandon const& m) { trainers().take(m); }
     void take(wire::fetch const& m);
+    void answer(std::optional<found_image> found);
     void take(wire::status const& m);
     void take(wire::goodbye const& m);
     void take(wire::pong const&) noexcept {}
@@ -99,10 +100,12 @@ private:
     std::size_t out_bytes_ = 0;
     bool writing_ = false;
     std::optional<sending> sending_;
+    bool asking_peer_ = false;
 
     enum class state { greeting, attaching, serving, ending, closed } state_ = state::greeting;
     wire::purpose purpose_ = wire::purpose::trainer;
     std::string store_name_;
+    bool relayed_ = false;
     std::shared_ptr<held_store> store_;
     bool farewell_ = false;
     bool reads_pool_ = false;  ///< blocks of the trainer's pool, until the store has ended

@@ -220,7 +220,7 @@ void held_store::finish(std::unique_lock<std::mutex>& lock) {
         counts_.durable_sequence = s->sequence;
         s->phase = save_phase::durable;
         tell(wire::durable{s->id, s->sequence});
-        hooks_.became_durable();
+        hooks_.became_durable(s->step, s->sequence);
         free_what_may_go(*s);
     } else {
         not_written(*s, outcome, why);

@@ -46,7 +46,7 @@ enum class purpose : std::uint8_t { trainer, status, fetch };
 
 // ---- from the trainer ----
 
-/// The first message, once. For purposes other than `trainer` only `store` counts. On a Unix socket as many descriptors come
+/// The first message, once. For purposes other than `trainer` only `store` and `relayed` count. On a Unix socket as many descriptors come
 /// with its first byte as `region_bytes` has sizes: the regions of the staging pool, which blocks are then named by.
 struct hello {
     static constexpr auto type = message::hello;
@@ -69,6 +69,7 @@ struct hello {
     bool overwrite = false;
     bool wait_until_prepared = false;  ///< WELCOME comes once every slot was written
     std::vector<std::uint64_t> region_bytes;
+    bool relayed = false;  ///< from a monitor whose peer this one is: what it brings or asks for goes no further
 
     static void fields(auto& m, auto& io) {
         io(m.version);
@@ -77,7 +78,7 @@ struct hello {
         io.choice(m.busy, 2);
         io(m.keep, m.keep_every);
         io.choice(m.prepare, 2);
-        io(m.fresh, m.overwrite, m.wait_until_prepared, m.region_bytes);
+        io(m.fresh, m.overwrite, m.wait_until_prepared, m.region_bytes, m.relayed);
     }
 };
 

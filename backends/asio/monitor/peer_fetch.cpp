@@ -1,0 +1,115 @@
+#include "core.hpp"
+
+#include <boost/asio/post.hpp>
+
+#include <algorithm>
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "client/relay.hpp"
+#include "varve/detail/text.hpp"
+
+namespace varve::asio::server {
+
+namespace {
+
+constexpr std::size_t asked_at_once = 2;
+
+/// A file without a name for what comes from the peer: on the store's own disk, so that it counts as no memory; where the file
+/// system has no such files, in memory.
+file_descriptor nameless_file(std::filesystem::path const& store, std::filesystem::path const& dir, std::uint64_t bytes) {
+    file_descriptor fd;
+    for (auto const& folder : {store, dir}) {
+        if (fd) break;
+        fd = {::open(folder.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, 0600), system_calls::kernel()};
+    }
+    if (!fd) fd = {::memfd_create("varve-fetched", MFD_CLOEXEC), system_calls::kernel()};
+    if (!fd || ::ftruncate(fd.get(), static_cast<off_t>(bytes)) != 0) throw_if(last_system_error(errno), "no room for the peer's checkpoint");
+    return fd;
+}
+
+/// The same file for reading alone.
+file_descriptor read_only(file_descriptor const& fd) {
+    file_descriptor out(::open(("/proc/self/fd/" + std::to_string(fd.get())).c_str(), O_RDONLY | O_CLOEXEC), system_calls::kernel());
+    if (!out) throw_if(last_system_error(errno), "cannot open the peer's checkpoint");
+    return out;
+}
+
+}  // namespace
+
+void core::find_at_peer_too(std::string const& store, bool over_network, std::shared_ptr<held_store> held, wire::fetch const& what,
+                            std::function<void(std::optional<found_image>)> good, std::function<void(error const&)> refused) {
+    auto const path = path_of(store, over_network);
+    std::lock_guard lock(mutex_);
+    if (stopping_) throw error(errc::cancelled, "the monitor is ending");
+    if (!askers_) askers_.emplace(asked_at_once);
+    boost::asio::post(*askers_, [this, path, held = std::move(held), what, good = std::move(good), refused = std::move(refused)] {
+        try {
+            good(find_at_either(path, held.get(), what));
+        } catch (error const& e) {
+            refused(e);
+        } catch (std::exception const& e) {
+            refused(error(std::make_error_code(std::errc::not_enough_memory), e.what()));
+        }
+    });
+}
+
+/// The peer's that are newer than the newest here, then what is here, then the peer's others: in this order they are skipped.
+std::optional<found_image> core::find_at_either(std::filesystem::path const& path, held_store const* held, wire::fetch const& what) {
+    auto here = steps_here(path, held);
+    if (what.has_step) std::erase_if(here, [&](auto step) { return step != what.step; });
+    auto const newest = here.empty() ? 0 : *std::max_element(here.begin(), here.end());
+    auto of_here = [&](std::uint32_t skip) {
+        auto asked = what;
+        asked.skip = skip;
+        return find_here(path, held, asked);
+    };
+    if (what.has_step && what.skip < here.size()) return of_here(what.skip);
+
+    monitor_sink_options options;
+    options.tls = options_.peer_tls;
+    client::relay peer(*options_.peer, path.filename().string(), options, true);
+    struct registered {
+        core& in;
+        client::relay& peer;
+        registered(core& c, client::relay& p) : in(c), peer(p) {
+            std::lock_guard lock(in.mutex_);
+            in.asking_.insert(&peer);
+            if (in.stopping_) peer.cancel();
+        }
+        ~registered() {
+            std::lock_guard lock(in.mutex_);
+            in.asking_.erase(&peer);
+        }
+    } const known(*this, peer);
+
+    auto at_peer = [&](std::uint32_t skip, bool wanted, std::uint64_t above) {
+        return peer.fetch(what.has_step ? std::optional(what.step) : std::nullopt, skip,
+                          [&](wire::image const& about) { return wanted && about.step > above ? nameless_file(path, options_.dir, about.size_bytes) : file_descriptor(); });
+    };
+    auto brought = [&](fetched_checkpoint const& c, std::uint64_t size) {
+        return found_image{c.step, c.sequence, size, false, "the peer at " + options_.peer->text() + ", " + c.name, read_only(c.file)};
+    };
+    auto size_of = [](fetched_checkpoint const& c) { return static_cast<std::uint64_t>(::lseek(c.file.get(), 0, SEEK_END)); };
+    try {
+        std::uint32_t newer = 0;
+        for (; !what.has_step; ++newer) {
+            auto const found = at_peer(newer, newer == what.skip, newest);
+            if (!found || found->step <= newest) break;
+            if (newer == what.skip) return brought(*found, size_of(*found));
+        }
+        if (what.skip - newer < here.size()) return of_here(what.skip - newer);
+        auto const found = at_peer(what.skip - static_cast<std::uint32_t>(here.size()), true, 0);
+        if (!found) return std::nullopt;
+        return brought(*found, size_of(*found));
+    } catch (error const& e) {
+        // Training from what is here is better than not at all; with nothing here, it would be from the beginning.
+        auto const line = varve::detail::printable(path.string()) + ": the peer at " + options_.peer->text() + " cannot be asked for a checkpoint: " + e.what();
+        if (what.skip >= here.size()) throw error(errc::monitor_lost, line + "; there is none here to go on from, so try again, or start over (--fresh)");
+        log(line + "; the newest one here serves");
+        return of_here(what.skip);
+    }
+}
+
+}  // namespace varve::asio::server
