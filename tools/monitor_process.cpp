@@ -70,11 +70,11 @@ public:
     impl(settings const& s, std::filesystem::path const& store, std::uint64_t linger_seconds, std::function<void(std::string const&)> say)
         : linger_seconds_(linger_seconds), say_(std::move(say)), store_(std::filesystem::absolute(store).lexically_normal()) {
         use_ = std::make_shared<monitor_use>();
-        use_->certificate = s.run.cert;
-        use_->key = s.run.key;
-        use_->authority = s.run.ca;
         external_ = !s.run.monitor.empty();
         if (external_) {
+            use_->certificate = s.run.cert;
+            use_->key = s.run.key;
+            use_->authority = s.run.ca;
             try {
                 where_ = asio::parse_address(s.run.monitor);
             } catch (error const& e) {
@@ -84,6 +84,9 @@ public:
             auto const name = std::filesystem::weakly_canonical(store_).string();
             auto const folder = socket_folder(made_folder_);
             where_.path = folder / (detail::hex(detail::digest(std::as_bytes(std::span(name)))) + ".sock");
+            if (!s.run.peer.empty()) more_words_ = {"--peer", s.run.peer};
+            for (auto const& [option, value] : {std::pair("--cert", s.run.cert), std::pair("--key", s.run.key), std::pair("--ca", s.run.ca)})
+                if (!value.empty()) more_words_.insert(more_words_.end(), {option, value});
         }
         use_->address = where_.is_unix() ? "unix:" + std::filesystem::absolute(where_.path).string() : where_.text();
         use_->store = where_.is_unix() ? store_.string() : store_.filename().string();
@@ -145,6 +148,7 @@ private:
         file_descriptor reader(ends[0], system_calls::kernel()), writer(ends[1], system_calls::kernel());
         std::vector<std::string> words{"varve",    "monitor",  "--dir",  store_.parent_path().string(),       "--unix",     where_.path.string(),
                                        "--once",   "--linger", std::to_string(linger_seconds_), "--ready-fd", std::to_string(ready_descriptor)};
+        words.insert(words.end(), more_words_.begin(), more_words_.end());
         std::vector<char*> argv;
         for (auto& w : words) argv.push_back(w.data());
         argv.push_back(nullptr);
@@ -173,6 +177,7 @@ private:
     std::function<void(std::string const&)> say_;
     std::filesystem::path const store_;
     asio::address where_;
+    std::vector<std::string> more_words_;  ///< for one that is started
     bool made_folder_ = false;
     std::mutex mutex_;
     pid_t child_ = -1;

@@ -189,7 +189,9 @@ namespace {
 void check_monitor(settings const& s, settings_command command) {
     auto const given = int(!s.run.cert.empty()) + int(!s.run.key.empty()) + int(!s.run.ca.empty());
     if (given != 0 && given != 3) throw usage_error("--cert, --key and --ca go together: TLS shows a certificate on both sides");
-    if (given != 0 && s.run.monitor.empty()) throw usage_error("--cert, --key and --ca go with --monitor tcp:HOST:PORT");
+    if (given != 0 && s.run.monitor.empty() && s.run.peer.empty()) throw usage_error("--cert, --key and --ca go with --monitor tcp:HOST:PORT or --peer");
+    if (!s.run.peer.empty() && (!s.pccheck.use_monitor || !s.run.monitor.empty()))
+        throw usage_error("--peer goes with --use-monitor: a monitor that runs already has its own");
     if (!s.wants_monitor()) return;
     char const* option = s.run.monitor.empty() ? "--use-monitor" : "--monitor";
     if (!VARVE_TOOL_WITH_ASIO)

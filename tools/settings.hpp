@@ -59,7 +59,8 @@ struct run_settings {
     bool keep_checkpoints = false;
     std::string events;
     std::string monitor;         ///< where a running one is; empty: --use-monitor starts one
-    std::string cert, key, ca;   ///< for one over TCP
+    std::string cert, key, ca;   ///< for one over TCP, or for its peer
+    std::string peer;            ///< of a monitor that is started here
     std::uint64_t linger = 60;   ///< of one that is started here, in seconds
 };
 

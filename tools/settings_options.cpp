@@ -187,6 +187,7 @@ std::vector<option_spec> make_specs() {
         bench_only(text("checkpoint-dir", "run", "DIR", in_run(&r::checkpoint_dir), "a store per method below it (default OUTPUT_DIR/checkpoints)")),
         bench_only(toggle("keep-checkpoints", "run", in_run(&r::keep_checkpoints), "leave the checkpoints there after the check")),
         text("monitor", "run", "ADDRESS", in_run(&r::monitor), "use the monitor that runs there, unix:PATH or tcp:HOST:PORT (see varve monitor)"),
+        train_only(text("peer", "run", "HOST:PORT", in_run(&r::peer), "with --use-monitor: another host's monitor, which gets a copy and is asked for what is not here")),
         text("cert", "run", "FILE", in_run(&r::cert), "our certificate for a monitor on another host (PEM)"),
         text("key", "run", "FILE", in_run(&r::key), "its key"),
         text("ca", "run", "FILE", in_run(&r::ca), "the authority that the monitor's certificate must be of"),

@@ -1,121 +1,14 @@
 #include <boost/test/unit_test.hpp>
 
-#include <algorithm>
-#include <csignal>
-#include <fstream>
-#include <iterator>
-#include <netinet/in.h>
+#include <functional>
+#include <memory>
 #include <random>
-#include <sstream>
-#include <sys/socket.h>
-#include <sys/stat.h>
-#include <thread>
-#include <unistd.h>
 
-#include "support.hpp"
-#include "tool.hpp"
+#include "monitored_runs.hpp"
 
 namespace varve_test {
 
 namespace {
-
-using namespace std::chrono_literals;
-namespace fs = std::filesystem;
-
-bool have_monitor() {
-    if (run_tool({"monitor", "--help"}).code == 0) return true;
-    skip("the monitor is not built");
-    return false;
-}
-
-/// A model whose step takes a few milliseconds, and a folder for the monitors that runs start.
-struct workplace {
-    workplace() {
-        fs::create_directory(folder.path() / "sockets");
-        ::chmod((folder.path() / "sockets").c_str(), 0700);
-        ::setenv("XDG_RUNTIME_DIR", (folder / "sockets").c_str(), 1);
-    }
-    ~workplace() {
-        for (auto pid : monitors()) ::kill(pid, SIGKILL);
-        ::unsetenv("XDG_RUNTIME_DIR");
-    }
-
-    std::vector<std::string> train(std::string const& store, std::uint64_t steps, std::vector<std::string> const& more) const {
-        return joined({"train", "--method", "layerwise", "--dir", folder / store, "--events", folder / (store + ".events"), "--num-steps", std::to_string(steps),
-                       "--d-model", "32", "--num-layers", "2", "--nhead", "4", "--vocab-size", "2000", "--dim-feedforward", "64", "--num-samples", "64",
-                       "--seq-len", "16", "--batch-size", "2", "--checkpoint-freq", "1"},
-                      more);
-    }
-
-    /// Processes `varve monitor` that have to do with this folder.
-    std::vector<pid_t> monitors() const {
-        std::vector<pid_t> out;
-        for (auto const& entry : fs::directory_iterator("/proc")) {
-            auto const pid = std::atoi(entry.path().filename().c_str());
-            if (pid <= 0) continue;
-            std::ifstream in(entry.path() / "cmdline", std::ios::binary);
-            std::string const args{std::istreambuf_iterator<char>(in), {}};
-            if (args.find(std::string("\0monitor\0", 9)) != std::string::npos && args.find(folder.path().string()) != std::string::npos) out.push_back(pid);
-        }
-        return out;
-    }
-    bool no_monitor_within(std::chrono::milliseconds limit) const {
-        for (auto const until = std::chrono::steady_clock::now() + limit; std::chrono::steady_clock::now() < until; std::this_thread::sleep_for(10ms))
-            if (monitors().empty()) return true;
-        return false;
-    }
-    /// What the events file says since it was `from` bytes long: steps of that event, whole lines alone.
-    std::vector<std::uint64_t> steps(std::string const& store, std::string const& event, std::uintmax_t from = 0) const {
-        std::ifstream in(folder / (store + ".events"), std::ios::binary);
-        in.seekg(static_cast<std::streamoff>(from));
-        std::vector<std::uint64_t> out;
-        for (std::string line; std::getline(in, line) && !in.eof();) {
-            auto const e = nlohmann::json::parse(line);
-            if (e.at("event") == event) out.push_back(e.at("step"));
-        }
-        return out;
-    }
-    std::uintmax_t events_size(std::string const& store) const {
-        std::error_code none;
-        auto const size = fs::file_size(folder / (store + ".events"), none);
-        return none ? 0 : size;
-    }
-    bool comes(std::string const& store, std::string const& event, std::uintmax_t from, std::size_t count, std::chrono::milliseconds limit = 30s) const {
-        for (auto const until = std::chrono::steady_clock::now() + limit; std::chrono::steady_clock::now() < until; std::this_thread::sleep_for(2ms))
-            if (steps(store, event, from).size() >= count) return true;
-        return false;
-    }
-
-    temporary_folder folder;
-};
-
-std::uint64_t largest(std::vector<std::uint64_t> const& steps) { return steps.empty() ? 0 : *std::max_element(steps.begin(), steps.end()); }
-
-void trains(std::vector<std::string> const& args) {
-    auto const r = run_tool(args);
-    BOOST_TEST_REQUIRE(r.code == 0, r.err);
-}
-
-/// A port of the loopback that nobody has at the moment.
-std::string free_port() {
-    int const fd = ::socket(AF_INET, SOCK_STREAM, 0);
-    sockaddr_in at{};
-    at.sin_family = AF_INET;
-    at.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    socklen_t size = sizeof at;
-    BOOST_TEST_REQUIRE(::bind(fd, reinterpret_cast<sockaddr*>(&at), size) == 0);
-    ::getsockname(fd, reinterpret_cast<sockaddr*>(&at), &size);
-    ::close(fd);
-    return std::to_string(ntohs(at.sin_port));
-}
-
-/// What the two runs' newest checkpoints hold is the same, bit for bit, and each store is whole.
-void same_bits(workplace const& w, std::string const& a, std::string const& b) {
-    auto const compared = run_tool({"diff", newest_file(w.folder / a), newest_file(w.folder / b)});
-    BOOST_TEST(compared.code == 0, compared.out << compared.err);
-    auto const whole = run_tool({"verify", w.folder / b});
-    BOOST_TEST(whole.code == 0, whole.out << whole.err);
-}
 
 enum class victim { trainer, monitor, both };
 

@@ -56,6 +56,9 @@ BOOST_AUTO_TEST_CASE(a_monitor_that_makes_no_sense_is_refused) {
     refused({"monitor", "--dir", "/tmp/x", "--tcp", "nowhere"}, "HOST:PORT");
     refused({"monitor", "--dir", "/tmp/x", "--unix", "/tmp/x.sock", "--linger", "long"}, "--linger");
     refused({"monitor", "--dir", "/tmp/x", "--unix", "/tmp/x.sock", "--cert", "c"}, "go together");
+    refused({"monitor", "--dir", "/tmp/x", "--unix", "/tmp/x.sock", "--peer", "nowhere"}, "HOST:PORT");
+    refused({"monitor", "--dir", "/tmp/x", "--unix", "/tmp/x.sock", "--peer", "192.0.2.7:7000"}, "--cert");
+    refused({"train", "--method", "layerwise", "--dir", "/tmp/x", "--peer", "127.0.0.1:7000"}, "--use-monitor");
     refused({"monitor", "--status", "--unix", "/tmp/no such socket"}, "cannot connect", 1);
     refused({"train", "--method", "traditional", "--dir", "/tmp/x", "--use-monitor"}, "cannot go through a monitor");
     refused({"train", "--method", "layerwise", "--dir", "/tmp/x", "--monitor", "nowhere"}, "unix:PATH or tcp:HOST:PORT");
