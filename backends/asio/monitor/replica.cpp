@@ -58,12 +58,14 @@ public:
     /// One that is not on its way. Throws what a write ended with.
     piece& free_piece() {
         piece* found = nullptr;
+        std::error_code failed;
         wait([&] {
             auto it = std::find_if(pieces_.begin(), pieces_.end(), [](auto const& p) { return !p.busy; });
             found = it == pieces_.end() ? nullptr : &*it;
+            failed = failed_;
             return found != nullptr;
         });
-        throw_if(failed_, "the peer");
+        if (failed) throw error(failed, failed.message());
         return *found;
     }
     void send(client::relayed_save& save, piece& p, std::uint64_t offset, std::span<std::byte const> bytes) {
