@@ -154,6 +154,69 @@ BOOST_AUTO_TEST_CASE(between_two_hosts_a_dropped_link_costs_no_durable_checkpoin
     BOOST_TEST(compared.code == 0, compared.out << compared.err);
 }
 
+BOOST_AUTO_TEST_CASE(a_dropped_link_to_the_peer_disturbs_no_run_and_a_lost_host_is_restored_from_it) {
+    two_hosts hosts;
+    if (!hosts.usable()) return;
+    hosts.at('b');
+    running_tool peer(joined({"monitor", "--dir", hosts.folder / "stores", "--tcp", "10.87.0.2:7000"}, hosts.certificate("monitor")));
+    hosts.at('a');
+    auto const socket = hosts.folder / "s";
+    auto const local = joined({"monitor", "--dir", hosts.folder / "local", "--unix", socket, "--peer", "10.87.0.2:7000"}, hosts.certificate("trainer"));
+    auto copy = [&] {
+        auto const r = run_tool({"monitor", "--status", "--json", "--unix", socket});
+        auto const s = r.code == 0 ? nlohmann::json::parse(r.out) : nlohmann::json{};
+        return s.contains("peer") && !s["peer"]["stores"].empty() ? s["peer"]["stores"][0] : nlohmann::json::object();
+    };
+    auto copy_becomes = [&](auto says, std::chrono::seconds limit) {
+        for (auto const until = std::chrono::steady_clock::now() + limit; std::chrono::steady_clock::now() < until; std::this_thread::sleep_for(20ms))
+            if (says(copy())) return true;
+        return false;
+    };
+    auto const reaches = [](std::uint64_t step) { return [step](auto const& c) { return c.value("durable_step", std::uint64_t{0}) >= step; }; };
+    auto const to = std::vector<std::string>{"--monitor", "unix:" + socket};
+    std::uint64_t promised = 0;
+    {
+        running_tool monitor(local);
+        for (int i = 0; i < 200 && !std::filesystem::exists(socket); ++i) std::this_thread::sleep_for(50ms);
+        running_tool run(train(hosts, hosts.folder / "local/run", 1'000'000, to));
+        BOOST_TEST_REQUIRE(copy_becomes(reaches(3), 30s));
+        hosts.cable(false);
+        auto const at = newest(hosts, "durable");
+        BOOST_TEST(passes(hosts, "durable", at + 10, 20s));
+        // Nothing hangs past its timeout: a peer that says nothing is lost.
+        BOOST_TEST(copy_becomes([](auto const& c) { return c.value("connected", true) == false && c.contains("why"); }, 40s));
+        hosts.cable(true);
+        auto const later = newest(hosts, "durable");
+        BOOST_TEST(copy_becomes(reaches(later), 60s));
+        BOOST_TEST(newest(hosts, "failed") == 0u);
+        promised = copy().value("durable_step", std::uint64_t{0});
+        monitor.signal(SIGKILL);
+        run.signal(SIGKILL);
+        run.wait();
+    }
+    std::filesystem::remove_all(hosts.folder / "local");
+    running_tool monitor(local);
+    // The run may have gone on beyond what was promised.
+    auto const last = stored_steps(hosts.folder / "stores/run").back() + 100;
+    for (int i = 0; i < 200 && run_tool({"monitor", "--status", "--unix", socket}).code != 0; ++i) std::this_thread::sleep_for(50ms);
+    auto const ended = run_tool(train(hosts, hosts.folder / "local/run", last, to));
+    BOOST_TEST(ended.code == 0, ended.err);
+    BOOST_TEST(ended.err.find("the peer at tcp:10.87.0.2:7000") != std::string::npos, ended.err);
+    BOOST_TEST(newest(hosts, "restored") >= promised);
+    BOOST_TEST(copy_becomes(reaches(last), 30s));
+    monitor.signal(SIGTERM);
+    BOOST_TEST(monitor.ends_within(20s));
+    peer.signal(SIGTERM);
+    BOOST_TEST(peer.ends_within(20s));
+    hosts.at(' ');
+    for (auto const& store : {"stores/run", "local/run"}) {
+        auto const whole = run_tool({"verify", hosts.folder / store});
+        BOOST_TEST(whole.code == 0, whole.out << whole.err);
+    }
+    auto const compared = run_tool({"diff", newest_file(hosts.folder / "stores/run"), newest_file(hosts.folder / "local/run")});
+    BOOST_TEST(compared.code == 0, compared.out << compared.err);
+}
+
 BOOST_AUTO_TEST_CASE(without_a_certificate_of_the_authority_nobody_gets_in) {
     two_hosts hosts;
     if (!hosts.usable()) return;
