@@ -124,6 +124,7 @@ BOOST_AUTO_TEST_CASE(a_peer_that_stalls_holds_up_nothing_and_gets_the_newest_nex
     // The store lets go of the first four meanwhile, and writes their files again.
     for (std::uint64_t step : {2, 3, 4, 5}) saves(t, step);
     BOOST_TEST(!std::filesystem::exists(here.file(1)));
+    BOOST_TEST(here.becomes([](auto const& s) { return s["peer"]["stores"][0].value("step", 0) == 5; }));
     peer->say(wire::credit{1u << 30});
     auto const first = peer->take_save(hello);
     BOOST_TEST(first.begin.step == 1u);
@@ -190,6 +191,7 @@ BOOST_AUTO_TEST_CASE(a_peer_that_dies_in_mid_save_gets_the_whole_of_it_again) {
     peer->expect<wire::block_data>();
     peer.reset();
     saves(t, 2);
+    BOOST_TEST(here.becomes([](auto const& s) { return s["peer"]["stores"][0].value("step", 0) == 2; }));
     peer = dies.accept();
     auto const hello = peer->greet({1, 0, 0, 0, 1u << 30});
     auto const whole = peer->take_save(hello);
@@ -278,6 +280,21 @@ BOOST_AUTO_TEST_CASE(without_the_peer_a_restart_takes_what_is_here_and_with_noth
     t.greet();
     saves(t, 1);
     BOOST_TEST(fetch(here.monitor->where(), {false, 0, 0}).about.step == 1u);
+}
+
+BOOST_AUTO_TEST_CASE(memory_to_send_with_is_left_beside_blocks_that_come_as_payload_and_a_pool_that_takes_all_is_told_of) {
+    {
+        two_monitors w([](auto& o) { o.memory_limit_bytes = 32u << 20; });
+        auto t = w.here.trainer(0);
+        t.greet();
+        saves(t, 1);
+        BOOST_TEST(w.peer_gets(1));
+    }
+    two_monitors w([](auto& o) { o.memory_limit_bytes = 26u << 20; });
+    auto t = w.here.trainer(2);
+    t.greet();
+    saves(t, 1);
+    BOOST_TEST(w.here.becomes([](auto const& s) { return has(s["peer"]["stores"][0].value("why", ""), "--memory-mb"); }));
 }
 
 BOOST_AUTO_TEST_CASE(a_run_from_the_beginning_does_not_push_out_what_the_peer_has) {

@@ -286,8 +286,11 @@ memory_budget::lease core::take_memory(std::filesystem::path const& path, wire::
         most = held_store::wanted_bytes(hello);
         least = std::min<std::uint64_t>(most, 2 * hello.block_bytes);
     }
-    make_room(path, most);
-    auto lease = budget_.take(std::clamp(budget_.free_bytes(), least, most));
+    // Blocks that come as payload may have less; what sends copies to the peer has its memory beside them.
+    auto const beside = options_.peer && !hello.relayed ? replica::memory_bytes : 0;
+    make_room(path, most + beside);
+    auto const free = budget_.free_bytes();
+    auto lease = budget_.take(std::clamp(free - std::min(beside, free), least, most));
     if (!lease)
         throw error(std::make_error_code(std::errc::not_enough_memory),
                     "the trainer's pool of " + megabytes(least) + " is more than the monitor may hold: " + megabytes(budget_.limit_bytes()) + ", of which " +
@@ -321,10 +324,10 @@ void core::replicate(std::filesystem::path const& path, wire::hello const& run, 
     s.store = path;
     s.run = run;
     // The core outlives its replicas.
-    s.memory = [this, path](std::uint64_t bytes) {
+    s.memory = [this, path] {
         std::lock_guard lock(mutex_);
-        make_room(path, bytes);
-        return budget_.take(bytes);
+        make_room(path, replica::memory_bytes);
+        return budget_.take(replica::memory_bytes);
     };
     s.log = [this](std::string const& line) { log(line); };
     s.ended = [this, weak = weak_from_this()] {

@@ -23,7 +23,6 @@ using varve::detail::granule_bytes;
 
 /// Granules that are read, hashed and sent at once.
 constexpr std::size_t pieces = 4;
-constexpr std::uint64_t memory_bytes = pieces * (granule_bytes + varve::detail::range_reader::slack_bytes);
 /// For the goodbye: nothing of ours is on loan there.
 constexpr std::chrono::milliseconds goodbye_limit{1'000};
 
@@ -124,6 +123,8 @@ private:
 
 }  // namespace
 
+std::uint64_t const replica::memory_bytes = pieces * (granule_bytes + varve::detail::range_reader::slack_bytes);
+
 replica::replica(replica_settings settings, std::optional<local_checkpoint> newest)
     : settings_(std::move(settings)), relay_(settings_.peer, settings_.store.filename().string(), options_of(settings_), true), newest_(newest), found_(newest.has_value()),
       highest_step_(newest ? newest->step : 0) {
@@ -193,6 +194,7 @@ bool replica::is_finished() const noexcept {
 
 void replica::run() noexcept {
     settings_.after.reset();
+    memory_ = settings_.memory();
     std::unique_lock lock(mutex_);
     while (!is_finished()) {
         lock.unlock();
@@ -211,6 +213,7 @@ void replica::run() noexcept {
     lock.unlock();
     session_.reset();
     relay_.cancel();
+    memory_.reset();
     lock.lock();
     over_ = true;
     lock.unlock();
@@ -308,8 +311,8 @@ void replica::send(local_checkpoint const& c) {
     auto const path = settings_.store / varve::detail::checkpoint_name(c.step, settings_.run.extension);
     file_descriptor const file(::open(path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC), system_calls::kernel());
     if (!file) throw_if(last_system_error(errno), path.string());
-    auto const lease = settings_.memory(memory_bytes);
-    if (!lease) throw error(std::make_error_code(std::errc::not_enough_memory), "no memory to send with is left under --memory-mb");
+    if (!memory_) memory_ = settings_.memory();
+    if (!memory_) throw error(std::make_error_code(std::errc::not_enough_memory), "no memory to send with is left under --memory-mb");
     auto const outline = varve::detail::read_outline(file.get());
     auto const about = safetensors().identify(file.get());
     if (about.step != c.step || outline.extent.file_bytes != settings_.run.image_bytes || outline.extent.data_offset != settings_.run.header_bytes)

@@ -33,8 +33,8 @@ struct replica_settings {
     std::chrono::milliseconds retry_every{3'000};
     std::filesystem::path store;
     wire::hello run;  ///< the trainer's
-    /// Memory for what is being sent; nothing where there is no room for it.
-    std::function<std::optional<memory_budget::lease>(std::uint64_t bytes)> memory;
+    /// The memory that it sends with, until it is over; nothing where there is no room for it.
+    std::function<std::optional<memory_budget::lease>()> memory;
     std::function<void(std::string const&)> log;
     std::function<void()> ended;  ///< the last call, on its own thread
     /// The one that this one takes the place of; it has been cancelled.
@@ -48,6 +48,8 @@ struct replica_settings {
 /// written again by its store (see slot_pool), so one that is let go meanwhile is still sent whole. Thread-safe.
 class replica {
 public:
+    static std::uint64_t const memory_bytes;
+
     /// `newest`: what stands in the store already.
     replica(replica_settings settings, std::optional<local_checkpoint> newest);
     /// Cancels.
@@ -83,8 +85,9 @@ private:
     replica_settings settings_;
     state tensors_;
     client::relay relay_;
-    bool introduced_ = false;                   ///< its own thread's, like the next
+    bool introduced_ = false;                   ///< its own thread's, like the next two
     std::shared_ptr<client::session> session_;  ///< the one that was greeted last
+    std::optional<memory_budget::lease> memory_;
 
     mutable std::mutex mutex_;
     std::condition_variable changed_;
