@@ -95,7 +95,8 @@ int print_monitor_status(asio::address const& at, std::shared_ptr<asio::tls_cont
         if (s.contains("write_gb_per_s")) out << ", " << std::setprecision(3) << s["write_gb_per_s"].get<double>() << " GB/s";
         out << '\n';
     }
-    if (status.contains("peer"))
+    if (status.contains("peer")) {
+        if (status["peer"]["stores"].empty()) out << "peer " << status["peer"]["address"].get<std::string>() << ": no store has been open\n";
         for (auto const& s : status["peer"]["stores"]) {
             out << s["path"].get<std::string>() << ": peer " << status["peer"]["address"].get<std::string>() << (s["connected"] == true ? ", connected" : ", not connected");
             if (s.contains("why")) out << " (" << s["why"].get<std::string>() << ")";
@@ -106,6 +107,7 @@ int print_monitor_status(asio::address const& at, std::shared_ptr<asio::tls_cont
             if (s.contains("sent_gb_per_s")) out << ", " << std::setprecision(3) << s["sent_gb_per_s"].get<double>() << " GB/s";
             out << '\n';
         }
+    }
     if (status.contains("lingering"))
         for (auto const& l : status["lingering"])
             out << l["path"].get<std::string>() << ": step " << l["step"] << " lingers in memory, " << gigabytes(l["bytes"]) << ", "

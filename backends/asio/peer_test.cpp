@@ -1,6 +1,7 @@
 #include <boost/test/unit_test.hpp>
 
 #include <fstream>
+#include <sys/stat.h>
 
 #include "fake_monitor.hpp"
 #include "monitor_workplace.hpp"
@@ -249,7 +250,21 @@ BOOST_AUTO_TEST_CASE(a_restart_takes_from_the_peer_what_is_newer_there_or_not_he
     BOOST_TEST(fetch(w.here.monitor->where(), {false, 0, 2}).about.size_bytes == 0u);
     BOOST_TEST(fetch(w.here.monitor->where(), {true, 4, 0}).about.step == 4u);
     BOOST_TEST(fetch(w.here.monitor->where(), {true, 5, 0}).about.size_bytes == 0u);
-    // Nothing was left behind by it.
+    // Where memory has no room it is a file without a name; nothing is left behind by either.
+    {
+        workplace small(true, [&](auto& o) {
+            o.peer = w.there.monitor->where();
+            o.memory_limit_bytes = 1u << 20;
+        });
+        std::filesystem::create_directories(small.folder.path() / "stores");
+        auto const on_disk = fetch(small.monitor->where(), {false, 0, 0});
+        BOOST_TEST(t.holds(on_disk.file.get(), 7));
+        struct stat info {};
+        BOOST_TEST(::fstat(on_disk.file.get(), &info) == 0);
+        BOOST_TEST(info.st_nlink == 0u);
+        BOOST_TEST(std::filesystem::is_empty(small.folder.path() / "stores"));
+    }
+    BOOST_TEST(w.here.becomes([](auto const& s) { return s["memory_used_bytes"] == 0; }));
     BOOST_TEST(!std::filesystem::exists(w.here.folder.path() / "stores/run"));
 }
 

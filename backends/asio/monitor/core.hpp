@@ -34,6 +34,7 @@ struct found_image {
     bool in_memory = false;
     std::string name;
     file_descriptor file;
+    memory_budget::lease lease{};  ///< where it was brought into memory for this
 };
 
 /// What a monitor's sessions share: the stores, the memory, and what lingers. Thread-safe.

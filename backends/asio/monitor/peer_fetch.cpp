@@ -16,17 +16,11 @@ namespace {
 
 constexpr std::size_t asked_at_once = 2;
 
-/// A file without a name for what comes from the peer: on the store's own disk, so that it counts as no memory; where the file
-/// system has no such files, in memory.
-file_descriptor nameless_file(std::filesystem::path const& store, std::filesystem::path const& dir, std::uint64_t bytes) {
-    file_descriptor fd;
-    for (auto const& folder : {store, dir}) {
-        if (fd) break;
-        fd = {::open(folder.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, 0600), system_calls::kernel()};
-    }
-    if (!fd) fd = {::memfd_create("varve-fetched", MFD_CLOEXEC), system_calls::kernel()};
-    if (!fd || ::ftruncate(fd.get(), static_cast<off_t>(bytes)) != 0) throw_if(last_system_error(errno), "no room for the peer's checkpoint");
-    return fd;
+/// A file without a name on the store's own disk, which counts as no memory; where the file system has no such files, memory it is.
+file_descriptor nameless_file(std::filesystem::path const& store, std::filesystem::path const& dir) {
+    for (auto const& folder : {store, dir})
+        if (file_descriptor fd(::open(folder.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, 0600), system_calls::kernel()); fd) return fd;
+    return {::memfd_create("varve-fetched", MFD_CLOEXEC), system_calls::kernel()};
 }
 
 /// The same file for reading alone.
@@ -84,25 +78,39 @@ std::optional<found_image> core::find_at_either(std::filesystem::path const& pat
         }
     } const known(*this, peer);
 
+    // In memory where there is room: a disk would be written for nothing.
+    memory_budget::lease memory;
+    std::uint64_t size = 0;
     auto at_peer = [&](std::uint32_t skip, bool wanted, std::uint64_t above) {
-        return peer.fetch(what.has_step ? std::optional(what.step) : std::nullopt, skip,
-                          [&](wire::image const& about) { return wanted && about.step > above ? nameless_file(path, options_.dir, about.size_bytes) : file_descriptor(); });
+        return peer.fetch(what.has_step ? std::optional(what.step) : std::nullopt, skip, [&](wire::image const& about) {
+            file_descriptor fd;
+            if (!wanted || about.step <= above) return fd;
+            size = about.size_bytes;
+            auto lease = budget_.take(size);
+            if (lease) {
+                memory = std::move(*lease);
+                fd = {::memfd_create("varve-fetched", MFD_CLOEXEC), system_calls::kernel()};
+            } else {
+                fd = nameless_file(path, options_.dir);
+            }
+            if (!fd || ::ftruncate(fd.get(), static_cast<off_t>(size)) != 0) throw_if(last_system_error(errno), "no room for the peer's checkpoint");
+            return fd;
+        });
     };
-    auto brought = [&](fetched_checkpoint const& c, std::uint64_t size) {
-        return found_image{c.step, c.sequence, size, false, "the peer at " + options_.peer->text() + ", " + c.name, read_only(c.file)};
+    auto brought = [&](fetched_checkpoint const& c) {
+        return found_image{c.step, c.sequence, size, false, "the peer at " + options_.peer->text() + ", " + c.name, read_only(c.file), std::move(memory)};
     };
-    auto size_of = [](fetched_checkpoint const& c) { return static_cast<std::uint64_t>(::lseek(c.file.get(), 0, SEEK_END)); };
     try {
         std::uint32_t newer = 0;
         for (; !what.has_step; ++newer) {
             auto const found = at_peer(newer, newer == what.skip, newest);
             if (!found || found->step <= newest) break;
-            if (newer == what.skip) return brought(*found, size_of(*found));
+            if (newer == what.skip) return brought(*found);
         }
         if (what.skip - newer < here.size()) return of_here(what.skip - newer);
         auto const found = at_peer(what.skip - static_cast<std::uint32_t>(here.size()), true, 0);
         if (!found) return std::nullopt;
-        return brought(*found, size_of(*found));
+        return brought(*found);
     } catch (error const& e) {
         // Training from what is here is better than not at all; with nothing here, it would be from the beginning.
         auto const line = varve::detail::printable(path.string()) + ": the peer at " + options_.peer->text() + " cannot be asked for a checkpoint: " + e.what();

@@ -232,7 +232,7 @@ void session::answer(std::optional<found_image> found) {
     if (!found) return send(wire::image{});
     wire::image const answer{found->step, found->sequence, found->size_bytes, found->in_memory, found->name};
     if (over_network_) {
-        sending_ = sending{std::move(found->file), 0, found->size_bytes};
+        sending_ = sending{std::move(found->file), std::move(found->lease), 0, found->size_bytes};
         return send(answer);
     }
     std::vector<file_descriptor> along;

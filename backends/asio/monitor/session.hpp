@@ -39,6 +39,7 @@ private:
     /// A checkpoint that goes out piece by piece.
     struct sending {
         file_descriptor file;
+        memory_budget::lease lease;
         std::uint64_t offset = 0, size = 0;
     };
 
