@@ -159,10 +159,10 @@ std::shared_ptr<session> relay::connected() {
     }
 }
 
-void relay::cancel() noexcept {
+void relay::cancel(std::chrono::milliseconds goodbye) noexcept {
     ending_ = true;
     std::lock_guard lock(mutex_);
-    if (current_) current_->finish(std::chrono::milliseconds(0));
+    if (current_) current_->finish(goodbye);
 }
 
 std::shared_ptr<relayed_save> relay::open(std::uint64_t step) {

@@ -39,8 +39,8 @@ public:
 
     /// The current connection, made anew if it is lost. Throws errc::monitor_lost.
     std::shared_ptr<session> connected();
-    /// Ends whatever waits here, the connection too; nothing is begun any more.
-    void cancel() noexcept;
+    /// Ends whatever waits here, the connection too, after a goodbye that gets so long; nothing is begun any more.
+    void cancel(std::chrono::milliseconds goodbye = {}) noexcept;
 
 private:
     /// A connection, and where there is none, one to the monitor that `respawn` starts. Throws errc::monitor_lost.

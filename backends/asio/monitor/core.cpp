@@ -108,7 +108,7 @@ void core::stop() {
         // What a store still commits is sent too.
         for (auto const& [path, copy] : replicas_)
             if (!stores_.contains(path)) copy->finish_within(options_.peer_farewell);
-        if (!replicas_.empty()) {
+        if (options_.peer) {
             farewell_.expires_after(options_.peer_farewell);
             farewell_.async_wait([self = shared_from_this()](boost::system::error_code ec) {
                 if (ec) return;

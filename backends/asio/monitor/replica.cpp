@@ -212,7 +212,7 @@ void replica::run() noexcept {
     if (why_.empty()) why_ = left ? "the monitor ended before it had the newest" : "its trainer has gone, and the peer has the newest";
     lock.unlock();
     session_.reset();
-    relay_.cancel();
+    relay_.cancel(goodbye_limit);
     memory_.reset();
     lock.lock();
     over_ = true;
