@@ -139,8 +139,9 @@ void core::look_if_over() {
             if (std::any_of(replicas_.begin(), replicas_.end(), [](auto const& r) { return !r.second->over(); })) return;
             farewell_.cancel();
             work_.reset();
-        } else
+        } else {
             stop_now = options_.once && had_trainer_ && lingering_.empty();
+        }
     }
     if (stop_now) stop();
 }
