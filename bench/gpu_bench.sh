@@ -1,7 +1,7 @@
 # The measurements of bench/gpu, which sources this file. Results: one folder below $logs/bench for each name, with what `varve bench`
 # wrote there and the twin's JSON lines; bench/gpu_table.py makes the table of them.
 
-bench_names=(large large50 standard every-step stall restore monitor twin loop-standard loop-large50 scenarios 5gb)
+bench_names=(large large50 standard every-step stall restore monitor monitor-every-step monitor-restart twin loop-standard loop-large50 scenarios 5gb)
 repeats=${REPEATS:-3}
 device=${DEVICE:-cuda}
 tiny=${TINY:-0}
@@ -115,10 +115,14 @@ run_bench() {
         varve_bench restore 250 "${large[@]}" --num-steps 10 --checkpoint-freq 10 --repeat "$repeats" --methods layerwise || status=1
         twin restore 200 "${large[@]}" --load --repeat "$repeats" || status=1
         ;;
-    monitor) # a monitor and none, side by side; every step crash-safe; a trainer that is killed goes on from the monitor's memory
-        varve_bench monitor 250 "${large[@]}" --num-steps "$monitor_steps" --checkpoint-freq 10 --repeat "$monitor_repeats" --scenario monitor || status=1
-        varve_bench every-step-monitor 200 "${standard[@]}" --num-steps "$((every_step * 2))" --checkpoint-freq 1 --when-busy replace \
+    monitor)
+        varve_bench monitor 400 "${large[@]}" --num-steps "$monitor_steps" --checkpoint-freq 10 --repeat "$monitor_repeats" --scenario monitor || status=1
+        ;;
+    monitor-every-step) # each is crash-safe, the disk gets what it can take
+        varve_bench monitor-every-step 200 "${standard[@]}" --num-steps "$every_step" --checkpoint-freq 1 --when-busy replace \
             --repeat "$repeats" --methods layerwise layerwise-monitor || status=1
+        ;;
+    monitor-restart) # a trainer that was killed goes on from the monitor's memory
         mkdir -p "$logs/bench/monitor-restart"
         measured+=(monitor-restart)
         for ((i = 0; i < repeats; ++i)); do restart_from_monitor || status=1; done

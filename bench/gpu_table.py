@@ -145,7 +145,7 @@ def monitor_targets(m, add):
         for path, limit in (('drained_time_sec', 1.02), ('loop_time_sec', 1.02), ('stall.mean_ms', 1.02), ('stall.p50_ms', 1.02), ('cpu_time_sec', 1)):
             middle, low, high = median_with_interval([at(a, path) / at(b, path) for a, b in zip(relayed, direct)])
             add(f'monitor over none of it: {path} ({len(direct)} pairs, {low:.2f} to {high:.2f})', middle, limit)
-    document = m.newest('every-step-monitor')
+    document = m.newest('monitor-every-step')
     if document:
         nones = repeats(document, NONE)
         for key in (LAYERWISE, WITH_MONITOR):
