@@ -153,10 +153,10 @@ public:
             auto job = std::exchange(job_, nullptr);
             if (!job) return result;
             try {
-                std::vector<std::size_t> rest;
-                for (std::size_t l = 0; l < state_.layers.size(); ++l)
-                    if (!pipeline_->is_announced(*job, l)) rest.push_back(l);
-                announce_to(job, rest, order);
+                rest_.clear();
+                for (auto l : all_layers_)
+                    if (!pipeline_->is_announced(*job, l)) rest_.push_back(l);
+                announce_to(job, rest_, order);
                 if (auto ec = metadata_error(metadata)) pipeline_->abandon(job, ec);
             } catch (error const& e) {
                 pipeline_->abandon(job, e.code());
@@ -378,7 +378,8 @@ private:
     observer_list observers_;
     when_busy busy_;
     std::uint64_t image_bytes_;
-    std::vector<std::size_t> all_layers_;  ///< 0, 1, 2, ...: the training thread allocates no list of layers
+    std::vector<std::size_t> all_layers_;  ///< 0, 1, 2, ...
+    std::vector<std::size_t> rest_;        ///< scratch; allocations cost the training thread, see detail::save_line::spare
     std::size_t in_flight_ = 1;
     stall_times stalls_;
     std::atomic<bool> requested_{false};

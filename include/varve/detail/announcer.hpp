@@ -36,8 +36,13 @@ public:
     job_ptr begin(std::uint64_t step) {
         typename line_type::snapshot_type aside;
         if constexpr (snapshotting_staging<Staging>) aside = staging_.acquire_snapshot();
-        auto job = std::make_shared<job_type>(step, line_.state.layers.size(), line_.blocks(), std::move(aside));
-        job->line = &line_;
+        job_ptr job;
+        {
+            std::lock_guard lock(line_.mutex);
+            job = std::move(line_.spare);
+        }
+        if (!job) job = line_.make_job();
+        job->start(step, std::move(aside));
         line_.options.observers.on({.what = milestone::begin, .step = step, .bytes = line_.layout.size_bytes});
         std::lock_guard lock(line_.mutex);
         line_.jobs.push_back(job);
@@ -151,28 +156,30 @@ private:
     /// Puts the layers aside that were announced and are not yet in the save's snapshot.
     void take(job_type& job) {
         if constexpr (snapshotting_staging<Staging>) {
-            auto const layers = std::exchange(job.untaken, {});
+            taking_.clear();
+            taking_.swap(job.untaken);
             job.untaken_bytes = 0;
-            if (layers.empty()) return;
+            if (taking_.empty()) return;
             // Announced one after the other, perhaps in several streams.
-            std::vector<typename Staging::point_type> points;
+            points_.clear();
             {
                 std::lock_guard lock(line_.mutex);
                 if (job.error) return;
-                for (auto layer : layers) points.push_back(*job.points[layer]);
+                for (auto layer : taking_) points_.push_back(*job.points[layer]);
                 job.taking = true;
             }
-            auto token = staging_.take(job.snapshot, layers, points);
+            auto token = staging_.take(job.snapshot, taking_, points_);
+            points_.clear();
             {
                 std::lock_guard lock(line_.mutex);
-                for (auto layer : layers) {
+                for (auto layer : taking_) {
                     job.taken[layer] = token;
                     line_.layers[layer].copies.push_back(token);
                 }
                 job.taking = false;
                 if (job.error) line_.commit_work.notify_one();
             }
-            for (auto layer : layers)
+            for (auto layer : taking_)
                 line_.options.observers.on({.what = milestone::layer_copied, .step = job.step(), .layer = line_.state.layers[layer].name});
         }
     }
@@ -180,7 +187,10 @@ private:
     line_type& line_;
     Staging& staging_;
     std::size_t busy_layers_ = 0;     ///< announced since their last update
-    std::vector<layer_copy> copies_;  ///< scratch
+    // Scratch, kept since allocations cost: see save_line::spare.
+    std::vector<layer_copy> copies_;
+    std::vector<std::size_t> taking_;
+    std::vector<typename Staging::point_type> points_;
 };
 
 }  // namespace varve::detail

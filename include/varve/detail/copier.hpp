@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <mutex>
+#include <new>
 #include <stop_token>
 #include <utility>
 #include <vector>
@@ -39,6 +40,7 @@ public:
     void run(std::stop_token stop) {
         std::unique_lock lock(line_.mutex);
         for (;;) {
+            if (!line_.spare) make_spare(lock);
             job_ptr job;
             if (!line_.copy_work.wait(lock, stop, [&] { return (job = next_to_copy()) != nullptr; })) return;
             if (job->error || job->next_block == line_.blocks()) {
@@ -56,6 +58,18 @@ public:
 
 private:
     // Called with the mutex held, but for what says otherwise; a function that takes the lock lets it go meanwhile.
+
+    /// Without memory for one, begin makes its own and says so.
+    void make_spare(std::unique_lock<std::mutex>& lock) {
+        lock.unlock();
+        job_ptr fresh;
+        try {
+            fresh = line_.make_job();
+        } catch (std::bad_alloc const&) {
+        }
+        lock.lock();
+        line_.spare = std::move(fresh);
+    }
 
     /// The oldest save whose next part may be copied, or which was abandoned before it was.
     job_ptr next_to_copy() const {

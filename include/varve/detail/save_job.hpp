@@ -51,13 +51,20 @@ struct save_job {
         int open_ends = 0;  ///< of its write and its hashing, those not done
     };
 
-    save_job(std::uint64_t step, std::size_t layer_count, std::size_t block_count, typename snapshot_of<Staging>::type aside)
-        : ticket(std::make_shared<ticket_state>(step)), points(layer_count), snapshot(std::move(aside)), by_snapshot(snapshot), taken(layer_count),
-          blocks(block_count) {}
+    save_job(std::size_t layer_count, std::size_t block_count) : points(layer_count), taken(layer_count), blocks(block_count) {
+        untaken.reserve(layer_count);
+    }
+
+    /// Makes it the save of that step, with room for a snapshot or without.
+    void start(std::uint64_t step, typename snapshot_of<Staging>::type aside) {
+        ticket = std::make_shared<ticket_state>(step);
+        snapshot = std::move(aside);
+        by_snapshot = static_cast<bool>(snapshot);
+    }
 
     std::uint64_t step() const noexcept { return ticket->step(); }
 
-    save_line<Staging, Sink>* line = nullptr;  ///< for the sink's callbacks; set at begin
+    save_line<Staging, Sink>* line = nullptr;  ///< for the sink's callbacks
     std::shared_ptr<ticket_state> ticket;
     metadata_map metadata;
 
@@ -66,7 +73,7 @@ struct save_job {
 
     /// Where the layers are put aside first, if there was room for it at begin. Emptied once all blocks are staged.
     typename snapshot_of<Staging>::type snapshot{};
-    bool const by_snapshot;
+    bool by_snapshot = false;
     std::vector<std::optional<token_type>> taken;  ///< a layer's, once it is in the snapshot
     std::vector<std::size_t> untaken;              ///< announced, and not taken yet; the training thread's
     std::uint64_t untaken_bytes = 0;
