@@ -76,7 +76,7 @@ BOOST_AUTO_TEST_CASE(a_run_through_a_monitor_ends_with_the_bits_of_one_without) 
 BOOST_AUTO_TEST_CASE(kills_of_trainer_and_monitor_lose_nothing_on_a_unix_socket) {
     if (!have_monitor()) return;
     workplace w;
-    kill_and_go_on(w, full() ? 100 : 10, {"--use-monitor", "--linger", "1"}, [] {});
+    kill_and_go_on(w, full() ? 40 : 10, {"--use-monitor", "--linger", "1"}, [] {});
     BOOST_TEST(w.no_monitor_within(20s));
     BOOST_TEST(fs::is_empty(w.folder.path() / "sockets"));
 }
@@ -91,7 +91,7 @@ BOOST_AUTO_TEST_CASE(kills_of_trainer_and_monitor_lose_nothing_over_tcp) {
         monitor = std::make_unique<running_tool>(std::vector<std::string>{"monitor", "--dir", w.folder.path().string(), "--tcp", "127.0.0.1:" + port, "--linger", "2"});
         for (int i = 0; i < 500 && run_tool({"monitor", "--status", "--tcp", "127.0.0.1:" + port}).code != 0; ++i) std::this_thread::sleep_for(10ms);
     };
-    kill_and_go_on(w, full() ? 100 : 10, {"--monitor", "tcp:127.0.0.1:" + port}, monitor_again);
+    kill_and_go_on(w, full() ? 40 : 10, {"--monitor", "tcp:127.0.0.1:" + port}, monitor_again);
     monitor->signal(SIGTERM);
     BOOST_TEST(monitor->ends_within(10s));
     auto const ended = monitor->wait();

@@ -142,7 +142,7 @@ BOOST_AUTO_TEST_CASE(with_its_host_lost_a_run_goes_on_from_the_peer_with_equal_l
     std::mt19937 random(std::random_device{}());
     hosts.host_is_lost();
     std::uint64_t promised = 0;
-    int const rounds = full() ? 60 : 5;
+    int const rounds = full() ? 20 : 5;
     for (int round = 0; round < rounds; ++round) {
         hosts.start_here();
         auto const from = hosts.w.events_size("here/run");
