@@ -1,6 +1,8 @@
 #include "events_file.hpp"
 
 #include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
 #include <cerrno>
 #include <cinttypes>
 #include <cstdio>
@@ -15,11 +17,20 @@ namespace {
 
 std::string json_text(std::string_view text) { return nlohmann::json(text).dump(-1, ' ', false, nlohmann::json::error_handler_t::replace); }
 
+bool ends_within_a_line(std::filesystem::path const& path) {
+    file_descriptor file(::open(path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC), system_calls::kernel());
+    struct stat about {};
+    char last = '\n';
+    return file && ::fstat(file.get(), &about) == 0 && S_ISREG(about.st_mode) && about.st_size > 0 &&
+           ::pread(file.get(), &last, 1, about.st_size - 1) == 1 && last != '\n';
+}
+
 }  // namespace
 
 events_file::events_file(std::filesystem::path const& path, std::string method)
     : file_(::open(path.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666), system_calls::kernel()), method_(json_text(method)) {
     if (!file_) throw_if(last_system_error(errno), "cannot write events to '" + path.string() + "'");
+    if (ends_within_a_line(path)) append("\n");
 }
 
 void events_file::append(std::string_view line) noexcept {

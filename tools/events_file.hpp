@@ -12,7 +12,8 @@
 namespace varve::tool {
 
 /// An observer that appends each event to a file: one JSON object a line, one write each, so that several processes may share
-/// the file and a killed one leaves whole lines. Thread-safe.
+/// the file. A kill at the moment at which a line goes from one page of the file to the next may leave its beginning; the next
+/// process that opens the file ends that line, so that it spoils no other. Thread-safe.
 class events_file {
 public:
     /// Writes nothing.

@@ -74,7 +74,8 @@ struct workplace {
         in.seekg(static_cast<std::streamoff>(from));
         std::vector<std::uint64_t> out;
         for (std::string line; std::getline(in, line) && !in.eof();) {
-            auto const e = nlohmann::json::parse(line);
+            auto const e = nlohmann::json::parse(line, nullptr, false);
+            if (e.is_discarded()) continue;  // a kill may leave the beginning of a line
             if (e.at("event") == event) out.push_back(e.at("step"));
         }
         return out;

@@ -97,7 +97,8 @@ std::uint64_t newest(two_hosts const& hosts, std::string const& event) {
     std::ifstream in(hosts.folder / "events", std::ios::binary);
     std::uint64_t step = 0;
     for (std::string line; std::getline(in, line) && !in.eof();) {
-        auto const e = nlohmann::json::parse(line);
+        auto const e = nlohmann::json::parse(line, nullptr, false);
+        if (e.is_discarded()) continue;  // a kill may leave the beginning of a line
         if (e.at("event") == event) step = std::max(step, e.at("step").get<std::uint64_t>());
     }
     return step;

@@ -120,7 +120,9 @@ temporary_folder::~temporary_folder() {
 std::vector<nlohmann::json> read_events(fs::path const& file) {
     std::vector<nlohmann::json> events;
     std::ifstream in(file);
-    for (std::string line; std::getline(in, line);) events.push_back(nlohmann::json::parse(line));
+    for (std::string line; std::getline(in, line);)
+        // A kill may leave the beginning of a line.
+        if (auto event = nlohmann::json::parse(line, nullptr, false); !event.is_discarded()) events.push_back(std::move(event));
     return events;
 }
 

@@ -1,6 +1,9 @@
 #include <boost/test/unit_test.hpp>
 
 #include <csignal>
+#include <fstream>
+#include <string>
+#include <vector>
 
 #include "support.hpp"
 #include "tool.hpp"
@@ -53,6 +56,21 @@ void two_halves_are_one_run(std::string const& device) {
 }
 
 }  // namespace
+
+BOOST_AUTO_TEST_CASE(a_line_of_events_that_a_kill_has_torn_spoils_no_other) {
+    temporary_folder folder;
+    auto const events = folder / "events";
+    std::ofstream(events) << R"({"event": "durable", "method": "layer)";
+    trains(train_args("layerwise", folder / "store", "4", {"--events", events}));
+    std::ifstream in(events);
+    std::string torn;
+    std::getline(in, torn);
+    BOOST_TEST(torn == R"({"event": "durable", "method": "layer)");
+    std::size_t whole = 0;
+    for (std::string line; std::getline(in, line); ++whole) BOOST_TEST(nlohmann::json::accept(line), line);
+    BOOST_TEST(whole > 4u);
+    BOOST_TEST(read_events(events).size() == whole);
+}
 
 BOOST_AUTO_TEST_CASE(a_run_in_two_halves_ends_with_the_bits_of_one_run) { two_halves_are_one_run("cpu"); }
 BOOST_AUTO_TEST_CASE(a_run_in_two_halves_ends_with_the_bits_of_one_run_on_a_gpu) {
