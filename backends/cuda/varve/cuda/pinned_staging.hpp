@@ -27,7 +27,7 @@ struct pinned_staging_options {
     std::size_t snapshots = 0;    ///< saves that may be put aside in GPU memory at once; 0: none
     double snapshot_share = 0.5;  ///< of the GPU memory that is free at the start, at most
     int numa_node = -1;           ///< whose memory the pool takes, numa_node_of(device) say; negative: any
-    bool measure_waits = false;   ///< gpu_wait_ns() says how long updates waited in their streams; costs two events a wait
+    bool measure_waits = false;   ///< gpu_wait_ns() says how long updates waited in their streams (see wait_meter)
 };
 
 /// A pool of buffers in page-locked host memory, filled from GPU memory by copies on streams of its own.

@@ -26,7 +26,7 @@ namespace varve::gds {
 struct staging_options {
     std::size_t snapshots = 0;    ///< saves that may be put aside in GPU memory at once, beside the pool; 0: none
     double snapshot_share = 0.5;  ///< of the GPU memory that is free at the start, at most
-    bool measure_waits = false;   ///< gpu_wait_ns() says how long updates waited in their streams; costs two events a wait
+    bool measure_waits = false;   ///< gpu_wait_ns() says how long updates waited in their streams (see wait_meter)
 };
 
 /// A pool of buffers in the memory of the GPU that the calling thread is on, filled by copies on streams of its own, for a

@@ -1,0 +1,176 @@
+// What checkpoints cost the training loop, where the machine's speed wanders from one second to the next: stretches of steps with
+// and without saves take turns in one process, and each is compared with its neighbour.
+//
+//   bench_loop_pairs --repeat 40 --num-steps 20 --methods layerwise --checkpoint-freq 1 --when-busy replace [options of varve bench]
+//
+// --repeat is the number of pairs, --num-steps the steps of each half, --warmup the steps before them. A pair begins with nothing in
+// flight; what is in flight when a half ends is waited for outside of the clock. One line of JSON for each method: the loop's ratio
+// (median, and the interval that holds the true one with a probability of 95%), and what the processor did meanwhile, in
+// milliseconds a step, with and without saves: how long the training's threads ran, and how long they stood ready while others ran.
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <exception>
+#include <filesystem>
+#include <fstream>
+#include <iostream>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include <nlohmann/json.hpp>
+
+#include "commands.hpp"
+#include "errors.hpp"
+#include "measure.hpp"
+#include "methods.hpp"
+#include "monitor_process.hpp"
+#include "settings.hpp"
+#include "step_loop.hpp"
+#include "trainer.hpp"
+
+namespace {
+
+using namespace varve::tool;
+using nlohmann::json;
+
+std::vector<int> threads_of_this_process() {
+    std::vector<int> out;
+    for (auto const& task : std::filesystem::directory_iterator("/proc/self/task")) out.push_back(std::stoi(task.path().filename()));
+    return out;
+}
+
+/// What the kernel counted of some threads, in ms.
+struct processor_time {
+    double ran = 0, ready = 0;
+
+    explicit processor_time(std::vector<int> const& threads) {
+        for (auto id : threads) {
+            std::ifstream in("/proc/self/task/" + std::to_string(id) + "/schedstat");
+            if (double ran_ns = 0, ready_ns = 0; in >> ran_ns >> ready_ns) ran += ran_ns / 1e6, ready += ready_ns / 1e6;
+        }
+    }
+};
+
+/// Of one half, in ms a step.
+struct half {
+    double loop_ms = 0, in_calls_ms = 0, training_ran_ms = 0, training_ready_ms = 0, others_ran_ms = 0;
+};
+
+class loop_pairs {
+public:
+    explicit loop_pairs(settings const& s) : settings_(s), trainer_(make_trainer(s)) {
+        for (std::uint64_t i = 0; i < s.run.warmup; ++i) {
+            trainer_->forward_backward(++step_);
+            trainer_->update();
+        }
+        trainer_->synchronize();
+        training_ = threads_of_this_process();
+    }
+
+    json run(std::string const& name) {
+        auto m = method_settings_of(settings_, observers_);
+        m.dir = settings_.checkpoint_dir() / "loop_pairs";
+        m.fresh = m.overwrite = m.wait_for_preparation = true;
+        auto const& entry = runnable_method(name);
+        std::optional<monitor_of_run> monitor;
+        if (entry.needs_monitor || (entry.takes_monitor && settings_.wants_monitor())) {
+            monitor.emplace(settings_, m.dir, 0, [](std::string const& line) { std::cerr << line << '\n'; });
+            m.monitor = monitor->use();
+        }
+        auto method = entry.start(trainer_->training(), m);
+        others_ = threads_of_this_process();
+        std::erase_if(others_, [&](int id) { return std::count(training_.begin(), training_.end(), id) > 0; });
+        tickets_.clear();
+        std::vector<half> with, without;
+        std::vector<double> ratios;
+        for (std::uint64_t pair = 0; pair < settings_.run.repeat; ++pair) {
+            for (bool const saves : {pair % 2 == 0, pair % 2 != 0}) (saves ? with : without).push_back(stretch(*method, saves));
+            ratios.push_back(with.back().loop_ms / without.back().loop_ms);
+        }
+        auto const durable = std::count_if(tickets_.begin(), tickets_.end(), [](auto const& t) { return !t.durable().wait(); });
+        method.reset();
+        if (monitor) monitor->end();
+        std::filesystem::remove_all(m.dir);
+        std::sort(ratios.begin(), ratios.end());
+        // Ranks between which the true median lies: those of a binomial distribution.
+        auto const n = ratios.size();
+        auto const reach = 0.98 * std::sqrt(static_cast<double>(n));
+        auto rank = [&](double at) { return ratios[static_cast<std::size_t>(std::clamp(at, 0.0, static_cast<double>(n - 1)))]; };
+        auto each = [&](double half::* value) {
+            auto of = [&](std::vector<half> const& halves) {
+                std::vector<double> v;
+                for (auto const& h : halves) v.push_back(h.*value);
+                return median(v);
+            };
+            return json{{"with", of(with)}, {"without", of(without)}};
+        };
+        return {{"method", name},
+                {"pairs", n},
+                {"steps", settings_.training.num_steps},
+                {"checkpoint_freq", settings_.training.checkpoint_freq},
+                {"loop_over_none", median(ratios)},
+                {"interval_95", {rank(std::floor(static_cast<double>(n) / 2 - reach)), rank(std::ceil(static_cast<double>(n) / 2 - 1 + reach))}},
+                {"step_ms", each(&half::loop_ms)},
+                {"in_calls_ms", each(&half::in_calls_ms)},
+                {"training_threads_ran_ms", each(&half::training_ran_ms)},
+                {"training_threads_ready_ms", each(&half::training_ready_ms)},
+                {"other_threads_ran_ms", each(&half::others_ran_ms)},
+                {"saves", tickets_.size()},
+                {"durable", durable}};
+    }
+
+private:
+    half stretch(running_method& method, bool saves) {
+        auto const steps = settings_.training.num_steps, freq = settings_.training.checkpoint_freq;
+        processor_time const training_before(training_), others_before(others_);
+        auto const calls_before_ns = method.stalls().total_ns;
+        auto const start = clock::now();
+        for (std::uint64_t i = 1; i <= steps; ++i) {
+            auto const loss = trainer_->forward_backward(++step_);
+            // In the middle of what would be between two of them, so that a half has all of a save's work.
+            if (auto t = update_and_save(*trainer_, &method, step_, saves && i % freq == freq / 2, loss)) tickets_.push_back(*t);
+        }
+        trainer_->synchronize();
+        auto const per_step = [&](double ms) { return ms / static_cast<double>(steps); };
+        half h{.loop_ms = per_step(seconds(clock::now() - start) * 1e3), .in_calls_ms = per_step(static_cast<double>(method.stalls().total_ns - calls_before_ns) / 1e6)};
+        processor_time const training_after(training_), others_after(others_);
+        h.training_ran_ms = per_step(training_after.ran - training_before.ran);
+        h.training_ready_ms = per_step(training_after.ready - training_before.ready);
+        h.others_ran_ms = per_step(others_after.ran - others_before.ran);
+        method.drain();
+        return h;
+    }
+
+    settings const settings_;
+    varve::observer_list observers_;
+    std::unique_ptr<trainer> trainer_;
+    std::uint64_t step_ = 0;
+    std::vector<int> training_, others_;
+    std::vector<varve::ticket> tickets_;
+};
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    try {
+        std::vector<std::string> const args(argv + 1, argv + argc);
+        // A method with a monitor starts this program again as the monitor.
+        if (!args.empty() && args.front() == "monitor") return monitor({args.begin() + 1, args.end()}, std::cout, std::cerr);
+        auto const s = resolve(read_settings(settings_command::bench, args), "");
+        check_settings(s, settings_command::bench);
+        loop_pairs pairs(s);
+        for (auto const& name : s.run.methods) std::cout << pairs.run(name) << std::endl;
+        return 0;
+    } catch (usage_error const& e) {
+        std::cerr << e.what() << '\n';
+        return 2;
+    } catch (std::exception const& e) {
+        std::cerr << e.what() << '\n';
+        return 1;
+    }
+}
