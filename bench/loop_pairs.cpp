@@ -10,8 +10,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cmath>
-#include <cstddef>
 #include <cstdint>
 #include <exception>
 #include <filesystem>
@@ -20,6 +18,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <nlohmann/json.hpp>
@@ -29,6 +28,7 @@
 #include "measure.hpp"
 #include "methods.hpp"
 #include "monitor_process.hpp"
+#include "report_data.hpp"
 #include "settings.hpp"
 #include "step_loop.hpp"
 #include "trainer.hpp"
@@ -96,11 +96,7 @@ public:
         method.reset();
         if (monitor) monitor->end();
         std::filesystem::remove_all(m.dir);
-        std::sort(ratios.begin(), ratios.end());
-        // Ranks between which the true median lies: those of a binomial distribution.
-        auto const n = ratios.size();
-        auto const reach = 0.98 * std::sqrt(static_cast<double>(n));
-        auto rank = [&](double at) { return ratios[static_cast<std::size_t>(std::clamp(at, 0.0, static_cast<double>(n - 1)))]; };
+        auto const verdict = reporting::judge(std::move(ratios));
         auto each = [&](double half::* value) {
             auto of = [&](std::vector<half> const& halves) {
                 std::vector<double> v;
@@ -110,11 +106,11 @@ public:
             return json{{"with", of(with)}, {"without", of(without)}};
         };
         return {{"method", name},
-                {"pairs", n},
+                {"pairs", verdict.repeats},
                 {"steps", settings_.training.num_steps},
                 {"checkpoint_freq", settings_.training.checkpoint_freq},
-                {"loop_over_none", median(ratios)},
-                {"interval_95", {rank(std::floor(static_cast<double>(n) / 2 - reach)), rank(std::ceil(static_cast<double>(n) / 2 - 1 + reach))}},
+                {"loop_over_none", verdict.ratio},
+                {"interval_95", {verdict.low, verdict.high}},
                 {"step_ms", each(&half::loop_ms)},
                 {"in_calls_ms", each(&half::in_calls_ms)},
                 {"training_threads_ran_ms", each(&half::training_ran_ms)},
@@ -163,6 +159,7 @@ int main(int argc, char** argv) {
         if (!args.empty() && args.front() == "monitor") return monitor({args.begin() + 1, args.end()}, std::cout, std::cerr);
         auto const s = resolve(read_settings(settings_command::bench, args), "");
         check_settings(s, settings_command::bench);
+        if (s.run.repeat < 2) throw usage_error("--repeat " + std::to_string(s.run.repeat) + ": an interval takes at least 2 pairs");
         loop_pairs pairs(s);
         for (auto const& name : s.run.methods) std::cout << pairs.run(name) << std::endl;
         return 0;

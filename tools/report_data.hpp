@@ -80,6 +80,9 @@ struct noise_verdict {
     std::size_t repeats = 1;
 };
 
+/// The median of at least two ratios, each of two neighbours, and its interval.
+noise_verdict judge(std::vector<double> ratios);
+
 /// What one run's difference must exceed, in percent: the rule stands in report_noise.cpp.
 double single_run_noise_percent(result_file const& file);
 /// Compares `path` of two methods; repeats are paired because methods take turns.

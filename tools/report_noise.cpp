@@ -35,6 +35,8 @@ double median(std::vector<double> const& sorted)
     return sorted.size() % 2 == 1 ? sorted[half] : (sorted[half - 1] + sorted[half]) / 2;
 }
 
+} // namespace
+
 // Few ratios: the t interval of their logarithms, wide as it is. From six on: order statistics, which assume nothing.
 noise_verdict judge(std::vector<double> ratios)
 {
@@ -60,8 +62,6 @@ noise_verdict judge(std::vector<double> ratios)
     verdict.within_noise = verdict.low <= 1 && verdict.high >= 1;
     return verdict;
 }
-
-} // namespace
 
 // One run says nothing about the next one, but its own scatter bounds what it can tell: the steps and the saves vary by
 // their standard deviations, so a sum of n of them varies by sqrt(n) times that. Twice this for each of two methods,
