@@ -10,14 +10,12 @@
 #include <csignal>
 #include <filesystem>
 #include <functional>
-#include <netinet/in.h>
 #include <new>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <random>
 #include <sys/mman.h>
 #include <sys/prctl.h>
-#include <sys/socket.h>
 #include <sys/wait.h>
 #include <thread>
 #include <unistd.h>
@@ -30,6 +28,7 @@
 #include <varve/store.hpp>
 
 #include "files.hpp"
+#include "free_port.hpp"
 #include "plain_sinks.hpp"
 #include "scratch_folder.hpp"
 
@@ -116,18 +115,6 @@ bool becomes(Says says, std::chrono::milliseconds limit = 30s) {
     for (auto const until = std::chrono::steady_clock::now() + limit; std::chrono::steady_clock::now() < until; std::this_thread::sleep_for(500us))
         if (says()) return true;
     return false;
-}
-
-std::uint16_t free_port() {
-    int const fd = ::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-    sockaddr_in at{};
-    at.sin_family = AF_INET;
-    at.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    socklen_t size = sizeof at;
-    BOOST_TEST_REQUIRE(::bind(fd, reinterpret_cast<sockaddr*>(&at), size) == 0);
-    ::getsockname(fd, reinterpret_cast<sockaddr*>(&at), &size);
-    ::close(fd);
-    return ntohs(at.sin_port);
 }
 
 /// A host's processes: a monitor, a trainer, and the folder that they write.

@@ -22,22 +22,10 @@ std::vector<std::string> train_args(victim const& v, temporary_folder const& fol
                   tiny_model({"--checkpoint-freq", "3"}));
 }
 
-std::map<std::uint64_t, nlohmann::json> losses(std::filesystem::path const& events) {
-    std::map<std::uint64_t, nlohmann::json> out;
-    for (auto const& e : read_events(events)) {
-        if (e.at("event") != "step") continue;
-        auto const [known, is_new] = out.emplace(e.at("step"), e.at("loss"));
-        BOOST_TEST((known->second == e.at("loss")), "step " << known->first << " was trained again and came out otherwise");
-    }
-    return out;
-}
-
 /// Every checkpoint that was reported durable is there or has a newer one.
 void durable_is_kept(temporary_folder const& folder, std::string const& name) {
     if (!std::filesystem::exists(folder / (name + ".events"))) return;
-    std::uint64_t durable = 0;
-    for (auto const& e : read_events(folder / (name + ".events")))
-        if (e.at("event") == "durable") durable = std::max(durable, e.at("step").get<std::uint64_t>());
+    auto const durable = largest(steps_of(folder / (name + ".events"), "durable"));
     if (durable == 0) return;
     auto const steps = stored_steps(folder / name);
     BOOST_TEST_REQUIRE(!steps.empty());
@@ -54,7 +42,7 @@ std::uintmax_t size_of(std::filesystem::path const& file) {
 void ends_like_the_whole_run(victim const& v, temporary_folder const& folder, std::string const& name) {
     auto const last = run_tool(train_args(v, folder, name));
     BOOST_TEST_REQUIRE(last.code == 0, last.err);
-    BOOST_TEST((losses(folder / (name + ".events")) == losses(folder / "whole.events")));
+    BOOST_TEST((losses_in(folder / (name + ".events")) == losses_in(folder / "whole.events")));
     auto const compared = run_tool({"diff", newest_file(folder / "whole"), newest_file(folder / name)});
     BOOST_TEST(compared.code == 0, compared.out << compared.err);
     auto const verified = run_tool({"verify", folder / name});

@@ -4,6 +4,7 @@
 #include <memory>
 #include <random>
 
+#include "free_port.hpp"
 #include "monitored_runs.hpp"
 
 namespace varve_test {
@@ -84,7 +85,7 @@ BOOST_AUTO_TEST_CASE(kills_of_trainer_and_monitor_lose_nothing_on_a_unix_socket)
 BOOST_AUTO_TEST_CASE(kills_of_trainer_and_monitor_lose_nothing_over_tcp) {
     if (!have_monitor()) return;
     workplace w;
-    auto const port = free_port();
+    auto const port = std::to_string(free_port());
     std::unique_ptr<running_tool> monitor;
     auto monitor_again = [&] {
         if (monitor && !w.monitors().empty()) return;

@@ -2,16 +2,13 @@
 
 #include <boost/test/unit_test.hpp>
 
-#include <algorithm>
 #include <chrono>
 #include <csignal>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
-#include <netinet/in.h>
 #include <string>
-#include <sys/socket.h>
 #include <sys/stat.h>
 #include <thread>
 #include <unistd.h>
@@ -68,17 +65,9 @@ struct workplace {
             if (monitors().empty()) return true;
         return false;
     }
-    /// What the events file says since it was `from` bytes long: steps of that event, whole lines alone.
+    /// What the events file says since it was `from` bytes long.
     std::vector<std::uint64_t> steps(std::string const& store, std::string const& event, std::uintmax_t from = 0) const {
-        std::ifstream in(folder / (store + ".events"), std::ios::binary);
-        in.seekg(static_cast<std::streamoff>(from));
-        std::vector<std::uint64_t> out;
-        for (std::string line; std::getline(in, line) && !in.eof();) {
-            auto const e = nlohmann::json::parse(line, nullptr, false);
-            if (e.is_discarded()) continue;  // a kill may leave the beginning of a line
-            if (e.at("event") == event) out.push_back(e.at("step"));
-        }
-        return out;
+        return steps_of(folder / (store + ".events"), event, from);
     }
     std::uintmax_t events_size(std::string const& store) const {
         std::error_code none;
@@ -94,24 +83,9 @@ struct workplace {
     temporary_folder folder;
 };
 
-inline std::uint64_t largest(std::vector<std::uint64_t> const& steps) { return steps.empty() ? 0 : *std::max_element(steps.begin(), steps.end()); }
-
 inline void trains(std::vector<std::string> const& args) {
     auto const r = run_tool(args);
     BOOST_TEST_REQUIRE(r.code == 0, r.err);
-}
-
-/// A port of the loopback that nobody has at the moment.
-inline std::string free_port() {
-    int const fd = ::socket(AF_INET, SOCK_STREAM, 0);
-    sockaddr_in at{};
-    at.sin_family = AF_INET;
-    at.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    socklen_t size = sizeof at;
-    BOOST_TEST_REQUIRE(::bind(fd, reinterpret_cast<sockaddr*>(&at), size) == 0);
-    ::getsockname(fd, reinterpret_cast<sockaddr*>(&at), &size);
-    ::close(fd);
-    return std::to_string(ntohs(at.sin_port));
 }
 
 /// What the two runs' newest checkpoints hold is the same, bit for bit, and each store is whole.

@@ -93,16 +93,7 @@ std::vector<std::string> train(two_hosts const& hosts, std::string const& store,
                   more);
 }
 
-std::uint64_t newest(two_hosts const& hosts, std::string const& event) {
-    std::ifstream in(hosts.folder / "events", std::ios::binary);
-    std::uint64_t step = 0;
-    for (std::string line; std::getline(in, line) && !in.eof();) {
-        auto const e = nlohmann::json::parse(line, nullptr, false);
-        if (e.is_discarded()) continue;  // a kill may leave the beginning of a line
-        if (e.at("event") == event) step = std::max(step, e.at("step").get<std::uint64_t>());
-    }
-    return step;
-}
+std::uint64_t newest(two_hosts const& hosts, std::string const& event) { return largest(steps_of(hosts.folder / "events", event)); }
 
 bool passes(two_hosts const& hosts, std::string const& event, std::uint64_t step, std::chrono::seconds limit) {
     for (auto const until = std::chrono::steady_clock::now() + limit; std::chrono::steady_clock::now() < until; std::this_thread::sleep_for(20ms))

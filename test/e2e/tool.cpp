@@ -1,5 +1,7 @@
 #include "tool.hpp"
 
+#include <boost/test/unit_test.hpp>
+
 #include <fcntl.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -117,13 +119,32 @@ temporary_folder::~temporary_folder() {
     fs::remove_all(path_, ignored);
 }
 
-std::vector<nlohmann::json> read_events(fs::path const& file) {
+std::vector<nlohmann::json> read_events(fs::path const& file, std::uintmax_t from) {
     std::vector<nlohmann::json> events;
-    std::ifstream in(file);
+    std::ifstream in(file, std::ios::binary);
+    in.seekg(static_cast<std::streamoff>(from));
     for (std::string line; std::getline(in, line);)
-        // A kill may leave the beginning of a line.
         if (auto event = nlohmann::json::parse(line, nullptr, false); !event.is_discarded()) events.push_back(std::move(event));
     return events;
+}
+
+std::vector<std::uint64_t> steps_of(fs::path const& file, std::string const& event, std::uintmax_t from) {
+    std::vector<std::uint64_t> steps;
+    for (auto const& e : read_events(file, from))
+        if (e.at("event") == event) steps.push_back(e.at("step"));
+    return steps;
+}
+
+std::uint64_t largest(std::vector<std::uint64_t> const& steps) { return steps.empty() ? 0 : *std::max_element(steps.begin(), steps.end()); }
+
+std::map<std::uint64_t, double> losses_in(fs::path const& file) {
+    std::map<std::uint64_t, double> losses;
+    for (auto const& e : read_events(file)) {
+        if (e.at("event") != "step") continue;
+        auto const [known, is_new] = losses.emplace(e.at("step"), e.at("loss"));
+        BOOST_TEST(known->second == e.at("loss").get<double>(), "the loss was " << known->second << " at first: " << e.dump());
+    }
+    return losses;
 }
 
 nlohmann::json read_json(fs::path const& file) { return nlohmann::json::parse(read_text(file)); }

@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cstdint>
 #include <filesystem>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -63,8 +64,14 @@ private:
     std::filesystem::path path_;
 };
 
-/// The whole lines of an events file; a line that is cut off by a kill would be an error.
-std::vector<nlohmann::json> read_events(std::filesystem::path const& file);
+/// The whole lines of an events file, from its byte `from` on; a kill may leave the beginning of a line, which is left out.
+std::vector<nlohmann::json> read_events(std::filesystem::path const& file, std::uintmax_t from = 0);
+/// Steps of the events of that name, in the file's order.
+std::vector<std::uint64_t> steps_of(std::filesystem::path const& file, std::string const& event, std::uintmax_t from = 0);
+/// The greatest of some steps, 0 of none.
+std::uint64_t largest(std::vector<std::uint64_t> const& steps);
+/// The losses in an events file, step by step; a step that is there more than once must have the same loss each time.
+std::map<std::uint64_t, double> losses_in(std::filesystem::path const& file);
 nlohmann::json read_json(std::filesystem::path const& file);
 /// Steps of the checkpoints in a store, ascending, by their files' names.
 std::vector<std::uint64_t> stored_steps(std::filesystem::path const& store);

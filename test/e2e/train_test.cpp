@@ -46,11 +46,7 @@ void two_halves_are_one_run(std::string const& device) {
             trains(args("two", "6"));
             trains(args("two", "11"));
             same_bits(newest_file(folder / "one"), newest_file(folder / "two"));
-            std::vector<nlohmann::json> one, two;
-            for (auto [file, losses] : {std::pair("one.events", &one), {"two.events", &two}})
-                for (auto const& e : read_events(folder / file))
-                    if (e.at("event") == "step") losses->push_back(e.at("loss"));
-            BOOST_TEST((one == two));
+            BOOST_TEST((losses_in(folder / "one.events") == losses_in(folder / "two.events")));
         }
     }
 }
@@ -137,9 +133,7 @@ BOOST_AUTO_TEST_CASE(a_stopped_run_saves_its_step_and_goes_on_from_it) {
         BOOST_TEST(stopped.code == 130, stopped.err);
         auto const steps = stored_steps(dir);
         BOOST_TEST_REQUIRE(steps.size() == 1u);
-        std::uint64_t last_step = 0;
-        for (auto const& e : read_events(folder / "events"))
-            if (e.at("event") == "step") last_step = e.at("step");
+        auto const last_step = largest(steps_of(folder / "events", "step"));
         BOOST_TEST(steps.back() == last_step);
         trains(train_args("layerwise", dir, std::to_string(last_step + 2)));
         trains(train_args("layerwise", folder / "never stopped", std::to_string(last_step + 2)));
