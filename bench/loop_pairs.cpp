@@ -133,7 +133,8 @@ private:
         }
         trainer_->synchronize();
         auto const per_step = [&](double ms) { return ms / static_cast<double>(steps); };
-        half h{.loop_ms = per_step(seconds(clock::now() - start) * 1e3), .in_calls_ms = per_step(static_cast<double>(method.stalls().total_ns - calls_before_ns) / 1e6)};
+        half h{.loop_ms = per_step(seconds(clock::now() - start) * 1e3),
+               .in_calls_ms = per_step(static_cast<double>(method.stalls().total_ns - calls_before_ns) / 1e6)};
         processor_time const training_after(training_), others_after(others_);
         h.training_ran_ms = per_step(training_after.ran - training_before.ran);
         h.training_ready_ms = per_step(training_after.ready - training_before.ready);

@@ -7,8 +7,10 @@
 #include <boost/asio/io_context.hpp>
 #include <boost/asio/ssl/context.hpp>
 
-#include <algorithm>
 #include <arpa/inet.h>
+#include <openssl/ssl.h>
+#include <sys/socket.h>
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -16,8 +18,6 @@
 #include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
-#include <openssl/ssl.h>
-#include <sys/socket.h>
 #include <thread>
 
 #include "varve/asio/monitor/monitor.hpp"
@@ -54,11 +54,12 @@ void run(std::string const& command) {
 /// One certificate for both sides, of an authority of its own.
 va::tls_files certificates(std::filesystem::path const& folder) {
     auto at = [&](char const* name) { return (folder / name).string(); };
-    run("openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=ca -keyout " + at("ca.key") + " -out " + at("ca.pem"));
+    run("openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=ca -keyout " + at("ca.key") + " -out " +
+        at("ca.pem"));
     run("openssl req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=peer -keyout " + at("peer.key") + " -out " + at("peer.csr"));
     std::ofstream(at("peer.ext")) << "subjectAltName=IP:127.0.0.1\n";
-    run("openssl x509 -req -in " + at("peer.csr") + " -CA " + at("ca.pem") + " -CAkey " + at("ca.key") + " -CAcreateserial -days 2 -extfile " + at("peer.ext") +
-        " -out " + at("peer.pem"));
+    run("openssl x509 -req -in " + at("peer.csr") + " -CA " + at("ca.pem") + " -CAkey " + at("ca.key") + " -CAcreateserial -days 2 -extfile " +
+        at("peer.ext") + " -out " + at("peer.pem"));
     return {at("peer.pem"), at("peer.key"), at("ca.pem")};
 }
 
@@ -178,7 +179,8 @@ double iperf3(int port) {
 /// One thread writes, one reads, through OpenSSL on blocking sockets, as large pieces as it takes.
 double plain_tls(va::tls_files const& files, std::uint64_t bytes) {
     auto context = [&](bool server) {
-        auto c = std::make_unique<boost::asio::ssl::context>(server ? boost::asio::ssl::context::tlsv13_server : boost::asio::ssl::context::tlsv13_client);
+        auto c =
+            std::make_unique<boost::asio::ssl::context>(server ? boost::asio::ssl::context::tlsv13_server : boost::asio::ssl::context::tlsv13_client);
         c->use_certificate_chain_file(files.certificate.string());
         c->use_private_key_file(files.key.string(), boost::asio::ssl::context::pem);
         return c;
@@ -272,6 +274,6 @@ int main(int argc, char** argv) {
         monitor.stop();
     }
     std::filesystem::remove_all(dir);
-    std::printf("monitor %.3f GB/s, %s %.3f GB/s, ratio %.3f (medians of %zu, %llu MiB)\n", median(ours), tls ? "plain TLS" : "iperf3", median(theirs),
-                median(ours) / median(theirs), ours.size(), static_cast<unsigned long long>(size_mb));
+    std::printf("monitor %.3f GB/s, %s %.3f GB/s, ratio %.3f (medians of %zu, %llu MiB)\n", median(ours), tls ? "plain TLS" : "iperf3",
+                median(theirs), median(ours) / median(theirs), ours.size(), static_cast<unsigned long long>(size_mb));
 }

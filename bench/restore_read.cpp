@@ -1,15 +1,15 @@
 // How fast a checkpoint comes back from the page cache, digests checked and not.
 // restore_read [FILE [--keep]]: writes a checkpoint of about 1 GB there (deleted afterwards unless --keep) and restores it into live tensors.
 
+#include <fcntl.h>
+#include <unistd.h>
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <cstring>
 #include <filesystem>
-#include <fcntl.h>
 #include <string>
 #include <thread>
-#include <unistd.h>
 #include <vector>
 
 #include "varve/format/safetensors.hpp"

@@ -2,6 +2,8 @@
 // Prints one line a run: the sink's name, GB/s, and how it wrote. bench/sink_vs_fio compares it with fio.
 //   mb=256 block_mb=8 depth=8 repeat=3 sink=posix|uring|asio|all threads=N stripe_kb=N piece_kb=N registered=1 keep=0
 
+#include <sys/stat.h>
+#include <unistd.h>
 #include <algorithm>
 #include <chrono>
 #include <cstddef>
@@ -13,8 +15,6 @@
 #include <map>
 #include <semaphore>
 #include <string>
-#include <sys/stat.h>
-#include <unistd.h>
 #include <vector>
 
 #include "varve/concepts/sink.hpp"
@@ -92,7 +92,7 @@ void run(char const* name, Sink sink, plan const& p) {
 /// Fills the file, so that every run overwrites.
 void prepare(plan const& p) {
     auto size = p.number("mb", 256) << 20;
-    struct stat status {};
+    struct stat status{};
     if (::stat(p.file.c_str(), &status) == 0 && static_cast<std::uint64_t>(status.st_size) == size) return;
     auto& calls = varve::system_calls::kernel();
     varve::file_descriptor fd(calls.openat(AT_FDCWD, p.file.c_str(), O_RDWR | O_CREAT | O_TRUNC, 0644), calls);

@@ -1,13 +1,13 @@
 #pragma once
 
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
 #include <cerrno>
 #include <cstring>
-#include <fcntl.h>
 #include <filesystem>
 #include <span>
 #include <string>
-#include <sys/stat.h>
-#include <unistd.h>
 
 #include "varve/detail/text.hpp"
 #include "varve/error.hpp"

@@ -59,9 +59,7 @@ double ms(std::int64_t ns) { return static_cast<double>(ns) / 1e6; }
 class method_run {
 public:
     method_run(json const& job, std::ostream& err)
-        : settings_(settings_from_json(job.at("settings"))),
-          name_(job.at("method")),
-          store_(job.at("store").get<std::string>()),
+        : settings_(settings_from_json(job.at("settings"))), name_(job.at("method")), store_(job.at("store").get<std::string>()),
           progress_(err, stderr_is_terminal(), job.at("label")) {
         if (!settings_.run.events.empty()) events_.emplace(settings_.run.events, name_);
         observers_.add(recorder_);
@@ -193,7 +191,8 @@ private:
         auto const samples = settings_.training.num_steps * settings_.training.batch_size;
         json out;
         out["training_step"] = {{"mean_ms", mean(r.step_ms)}, {"std_ms", sample_std(r.step_ms)}};
-        out["memory"] = {{"peak_cpu_gb", memory.peak_gb()}, {"mean_cpu_gb", memory.mean_gb()}, {"peak_gpu_gb", static_cast<double>(peak_device_bytes) / 1e9}};
+        out["memory"] = {
+            {"peak_cpu_gb", memory.peak_gb()}, {"mean_cpu_gb", memory.mean_gb()}, {"peak_gpu_gb", static_cast<double>(peak_device_bytes) / 1e9}};
         out["throughput"] = {{"samples_per_sec", static_cast<double>(samples) / drained_sec}, {"total_samples", samples}};
         out["loop_time_sec"] = r.loop_sec;
         out["drained_time_sec"] = out["total_time_sec"] = drained_sec;

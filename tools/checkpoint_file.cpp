@@ -1,12 +1,12 @@
 #include "checkpoint_file.hpp"
 
+#include <fcntl.h>
+#include <sched.h>
+#include <sys/stat.h>
 #include <array>
 #include <cerrno>
 #include <cstring>
-#include <fcntl.h>
 #include <nlohmann/json.hpp>
-#include <sched.h>
-#include <sys/stat.h>
 
 #include "varve/detail/safetensors_read.hpp"
 #include "varve/format/safetensors.hpp"
@@ -29,7 +29,8 @@ public:
         auto file = detail::read_safetensors(fd_.get());
         file_bytes_ = file.file_bytes();
         metadata_ = std::move(file.metadata);
-        for (auto& t : file.tensors) tensors_.push_back({std::move(t.name), t.type, std::move(t.shape), t.end - t.begin, file.data_offset() + t.begin, t.header_index});
+        for (auto& t : file.tensors)
+            tensors_.push_back({std::move(t.name), t.type, std::move(t.shape), t.end - t.begin, file.data_offset() + t.begin, t.header_index});
     }
 
     int fd() const noexcept override { return fd_.get(); }
@@ -54,9 +55,10 @@ file_descriptor open_to_read(std::filesystem::path const& path) {
     // Without O_NONBLOCK a FIFO would wait for a writer.
     file_descriptor fd(::open(path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC), system_calls::kernel());
     if (!fd) throw error(last_system_error(errno), std::strerror(errno));
-    struct stat info {};
+    struct stat info{};
     if (::fstat(fd.get(), &info) != 0) throw error(last_system_error(errno), std::strerror(errno));
-    if (S_ISDIR(info.st_mode)) throw error(std::make_error_code(std::errc::is_a_directory), "is a folder; give a checkpoint file (varve ls lists those of a store)");
+    if (S_ISDIR(info.st_mode))
+        throw error(std::make_error_code(std::errc::is_a_directory), "is a folder; give a checkpoint file (varve ls lists those of a store)");
     if (!S_ISREG(info.st_mode)) throw error(errc::malformed, "is no regular file");
     return fd;
 }

@@ -19,8 +19,8 @@ inline boost::program_options::options_description option_group(std::string cons
 /// Parses what follows a command's name: `shown` are its options, `help` among them; `positional` names what it takes besides, each once.
 /// Prints the help and returns nothing where --help was given; throws usage_error for anything that has no meaning.
 inline std::optional<boost::program_options::variables_map> parse_command_line(std::vector<std::string> const& args, std::string const& usage,
-                                                                              boost::program_options::options_description const& shown,
-                                                                              std::vector<std::string> const& positional, std::ostream& out) {
+                                                                               boost::program_options::options_description const& shown,
+                                                                               std::vector<std::string> const& positional, std::ostream& out) {
     namespace po = boost::program_options;
     po::options_description known;
     known.add(shown);

@@ -47,10 +47,11 @@ element_difference compare(checkpoint_file const& a, file_tensor const& in_a, ch
 int diff(std::vector<std::string> const& args, std::ostream& out, std::ostream&) {
     auto shown = option_group("Options");
     shown.add_options()("help", "this text");
-    auto values = parse_command_line(args,
-                                     "Usage: varve diff A B\nCompares the tensors of two checkpoints: names, shapes, dtypes and bits, and the largest difference of values.\n"
-                                     "Exit code 0 if the bits are the same, 1 if not. Of a store the newest checkpoint is compared.\n",
-                                     shown, {"A", "B"}, out);
+    auto values = parse_command_line(
+        args,
+        "Usage: varve diff A B\nCompares the tensors of two checkpoints: names, shapes, dtypes and bits, and the largest difference of values.\n"
+        "Exit code 0 if the bits are the same, 1 if not. Of a store the newest checkpoint is compared.\n",
+        shown, {"A", "B"}, out);
     if (!values) return 0;
     auto const a = open_checkpoint(newest_checkpoint((*values)["A"].as<std::string>()));
     auto const b = open_checkpoint(newest_checkpoint((*values)["B"].as<std::string>()));
@@ -81,7 +82,8 @@ int diff(std::vector<std::string> const& args, std::ostream& out, std::ostream&)
         if (d.elements == 0) continue;
         ++different;
         auto note = d.not_numbers == 0 ? "" : "; " + std::to_string(d.not_numbers) + " not finite";
-        rows.add({detail::printable(t.name), std::to_string(d.elements), std::to_string(t.size_bytes / element_bytes(t.type)), number(d.largest) + note});
+        rows.add(
+            {detail::printable(t.name), std::to_string(d.elements), std::to_string(t.size_bytes / element_bytes(t.type)), number(d.largest) + note});
         if (largest_in.empty() || d.largest > largest) {
             largest = d.largest;
             largest_in = detail::printable(t.name);

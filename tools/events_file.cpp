@@ -19,7 +19,7 @@ std::string json_text(std::string_view text) { return nlohmann::json(text).dump(
 
 bool ends_within_a_line(std::filesystem::path const& path) {
     file_descriptor file(::open(path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC), system_calls::kernel());
-    struct stat about {};
+    struct stat about{};
     char last = '\n';
     return file && ::fstat(file.get(), &about) == 0 && S_ISREG(about.st_mode) && about.st_size > 0 &&
            ::pread(file.get(), &last, 1, about.st_size - 1) == 1 && last != '\n';

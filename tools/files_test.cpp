@@ -4,12 +4,12 @@
 
 #include <boost/test/unit_test.hpp>
 
+#include <sys/stat.h>
 #include <cmath>
 #include <functional>
 #include <limits>
 #include <nlohmann/json.hpp>
 #include <sstream>
-#include <sys/stat.h>
 
 #include "varve/detail/store_folder.hpp"
 
@@ -113,7 +113,11 @@ BOOST_AUTO_TEST_CASE(ls_of_what_is_no_store_fails_in_one_line) {
 }
 
 BOOST_AUTO_TEST_CASE(wrong_use_is_one_line_and_exit_code_2) {
-    auto all = {std::pair<command, std::vector<std::string>>{tool::ls, {dir()}}, {tool::inspect, {"f"}}, {tool::verify, {"f"}}, {tool::diff, {"a", "b"}}, {tool::restore, {dir()}}};
+    auto all = {std::pair<command, std::vector<std::string>>{tool::ls, {dir()}},
+                {tool::inspect, {"f"}},
+                {tool::verify, {"f"}},
+                {tool::diff, {"a", "b"}},
+                {tool::restore, {dir()}}};
     for (auto const& [call, args] : all) {
         auto with = [&](std::string const& more) {
             auto longer = args;
@@ -290,7 +294,8 @@ BOOST_AUTO_TEST_CASE(restore_writes_what_torch_load_and_a_python_trainer_take) {
         trained.add("0", "optimizer." + p + ".exp_avg_sq", dtype::F32, shape, 4);
         *static_cast<std::int64_t*>(trained.add("0", "optimizer." + p + ".step", dtype::I64, {}).data) = 120;
     }
-    for (auto const& [name, value] : {std::pair{"lr", 0.25}, {"betas.0", 0.9}, {"betas.1", 0.999}, {"eps", 1e-8}, {"weight_decay", 0.0}, {"amsgrad", 0.0}})
+    for (auto const& [name, value] :
+         {std::pair{"lr", 0.25}, {"betas.0", 0.9}, {"betas.1", 0.999}, {"eps", 1e-8}, {"weight_decay", 0.0}, {"amsgrad", 0.0}})
         *static_cast<double*>(trained.add("run", std::string("optimizer.group.0.") + name, dtype::F64, {}).data) = value;
     trained.add("run", "rng.cpu", dtype::U8, {40}, 5);
     *static_cast<std::int64_t*>(trained.add("run", "user.epoch", dtype::I64, {}).data) = 3;

@@ -25,7 +25,8 @@ void print_json(std::string const& path, checkpoint_file const& file, std::ostre
     using json = nlohmann::ordered_json;
     json tensors = json::array();
     for (auto const& t : file.tensors())
-        tensors.push_back({{"name", t.name}, {"dtype", std::string(name(t.type))}, {"shape", t.shape}, {"offset", t.offset_bytes}, {"bytes", t.size_bytes}});
+        tensors.push_back(
+            {{"name", t.name}, {"dtype", std::string(name(t.type))}, {"shape", t.shape}, {"offset", t.offset_bytes}, {"bytes", t.size_bytes}});
     json metadata = json::object();
     for (auto const& [key, value] : file.metadata()) metadata[key] = value;
     json all{{"file", path}, {"format", std::string(file.format_name())}, {"bytes", file.file_bytes()}, {"metadata", metadata}, {"tensors", tensors}};
@@ -35,21 +36,23 @@ void print_json(std::string const& path, checkpoint_file const& file, std::ostre
 void print_text(std::string const& path, checkpoint_file const& file, std::ostream& out) {
     std::uint64_t bytes = 0;
     for (auto const& t : file.tensors()) bytes += t.size_bytes;
-    out << detail::printable(path) << ": " << file.format_name() << ", " << size_text(file.file_bytes()) << ", " << file.tensors().size() << " tensors of "
-        << size_text(bytes) << "\n";
+    out << detail::printable(path) << ": " << file.format_name() << ", " << size_text(file.file_bytes()) << ", " << file.tensors().size()
+        << " tensors of " << size_text(bytes) << "\n";
     if (!file.metadata().empty()) {
         out << '\n';
         table rows({"metadata", "value"});
         for (auto const& [key, value] : file.metadata()) {
             bool const digests = key == detail::digests_key;  // thousands of digits tell nobody anything; --json has them
-            rows.add({detail::printable(key), digests ? std::to_string(value.size() / detail::digest_digits) + " digests" : detail::printable(value)});
+            rows.add(
+                {detail::printable(key), digests ? std::to_string(value.size() / detail::digest_digits) + " digests" : detail::printable(value)});
         }
         out << rows;
     }
     out << '\n';
     table rows({"tensor", "dtype", "shape", ">size", ">offset"});
     for (auto const& t : file.tensors())
-        rows.add({detail::printable(t.name), std::string(name(t.type)), shape_text(t.shape), size_text(t.size_bytes), std::to_string(t.offset_bytes)});
+        rows.add(
+            {detail::printable(t.name), std::string(name(t.type)), shape_text(t.shape), size_text(t.size_bytes), std::to_string(t.offset_bytes)});
     out << rows;
 }
 
@@ -58,7 +61,9 @@ void print_text(std::string const& path, checkpoint_file const& file, std::ostre
 int inspect(std::vector<std::string> const& args, std::ostream& out, std::ostream&) {
     auto shown = option_group("Options");
     shown.add_options()("json", "JSON; sizes and offsets in bytes")("help", "this text");
-    auto values = parse_command_line(args, "Usage: varve inspect FILE [options]\nShows what is in a checkpoint, of varve or of anyone else: metadata and tensors in the order of the file.\n",
+    auto values = parse_command_line(args,
+                                     "Usage: varve inspect FILE [options]\nShows what is in a checkpoint, of varve or of anyone else: metadata and "
+                                     "tensors in the order of the file.\n",
                                      shown, {"FILE"}, out);
     if (!values) return 0;
     auto const& path = (*values)["FILE"].as<std::string>();

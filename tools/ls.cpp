@@ -14,8 +14,10 @@ namespace varve::tool {
 
 int ls(std::vector<std::string> const& args, std::ostream& out, std::ostream& err) {
     auto shown = option_group("Options");
-    shown.add_options()("newest", "only the newest (default: all, newest first)")("path", "paths alone, one a line")("json", "JSON; sizes in bytes")("help", "this text");
-    auto values = parse_command_line(args, "Usage: varve ls D [options]\nLists the checkpoints of the store D; sizes in kB, MB and GB (10^9 bytes).\n", shown, {"D"}, out);
+    shown.add_options()("newest", "only the newest (default: all, newest first)")("path", "paths alone, one a line")("json", "JSON; sizes in bytes")(
+        "help", "this text");
+    auto values = parse_command_line(
+        args, "Usage: varve ls D [options]\nLists the checkpoints of the store D; sizes in kB, MB and GB (10^9 bytes).\n", shown, {"D"}, out);
     if (!values) return 0;
     std::filesystem::path const folder = (*values)["D"].as<std::string>();
     auto listed = list_store(folder);
@@ -25,7 +27,8 @@ int ls(std::vector<std::string> const& args, std::ostream& out, std::ostream& er
     if (newest) checkpoints.resize(1);
 
     if (values->count("json")) {
-        nlohmann::ordered_json json{{"store", folder.string()}, {"checkpoints", nlohmann::ordered_json::array()}, {"broken", nlohmann::ordered_json::array()}};
+        nlohmann::ordered_json json{
+            {"store", folder.string()}, {"checkpoints", nlohmann::ordered_json::array()}, {"broken", nlohmann::ordered_json::array()}};
         for (auto const& c : checkpoints)
             json["checkpoints"].push_back({{"step", c.step}, {"sequence", c.sequence}, {"bytes", c.size_bytes}, {"path", c.path.string()}});
         for (auto const& b : listed.broken) json["broken"].push_back({{"path", b.path.string()}, {"why", b.why}});

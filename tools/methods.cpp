@@ -25,11 +25,14 @@ namespace {
 std::string missing_part(std::string const& part) {
     if (part == "pinned" && !VARVE_TOOL_WITH_CUDA) return "pinned staging needs a GPU backend, which this varve does not have";
 #if VARVE_TOOL_WITH_CUDA
-    if (int gpus = 0; part == "pinned" && (cuda::code_of(::cudaGetDeviceCount(&gpus)) || gpus == 0)) return "pinned staging needs a GPU, and there is none here";
+    if (int gpus = 0; part == "pinned" && (cuda::code_of(::cudaGetDeviceCount(&gpus)) || gpus == 0))
+        return "pinned staging needs a GPU, and there is none here";
 #endif
-    if (part == "gds" && !(VARVE_TOOL_WITH_CUDA && VARVE_TOOL_WITH_GDS)) return "GPUDirect staging needs a GPU backend, which this varve does not have";
+    if (part == "gds" && !(VARVE_TOOL_WITH_CUDA && VARVE_TOOL_WITH_GDS))
+        return "GPUDirect staging needs a GPU backend, which this varve does not have";
 #if VARVE_TOOL_WITH_CUDA && VARVE_TOOL_WITH_GDS
-    if (int gpus = 0; part == "gds" && (cuda::code_of(::cudaGetDeviceCount(&gpus)) || gpus == 0)) return "GPUDirect staging needs a GPU, and there is none here";
+    if (int gpus = 0; part == "gds" && (cuda::code_of(::cudaGetDeviceCount(&gpus)) || gpus == 0))
+        return "GPUDirect staging needs a GPU, and there is none here";
 #endif
     if (part == "asio" && !VARVE_TOOL_WITH_ASIO) return "built without Boost.Asio; install Boost 1.78 or newer and liburing, and build again";
 #if VARVE_TOOL_WITH_ASIO
@@ -53,7 +56,8 @@ method_entry combination(std::string const& staging, std::string const& scheduli
     e.description = staging + " staging, " + scheduling + " scheduling, " + sink + " sink";
     e.missing = missing_part(staging);
     if (e.missing.empty() && staging == "gds" && sink != "cufile" && sink != "null")
-        e.missing = "the sink " + sink + " does not take GPU memory; take gds+" + scheduling + "+cufile, which writes files, or gds+" + scheduling + "+null";
+        e.missing =
+            "the sink " + sink + " does not take GPU memory; take gds+" + scheduling + "+cufile, which writes files, or gds+" + scheduling + "+null";
     if (e.missing.empty()) e.missing = missing_part(sink);
     e.writes_files = sink != "null" && sink != "memory";
     e.takes_monitor = e.writes_files && staging != "gds" && VARVE_TOOL_WITH_ASIO;
@@ -94,7 +98,8 @@ std::vector<method_entry> make_methods() {
 #if VARVE_TOOL_WITH_TORCH && VARVE_TOOL_WITH_POSIX
     original->start = [](libtorch::training_state& t, method_settings s) { return start_original(t, s); };
 #endif
-    documented("layerwise", "Layerwise PCCheck (Improved)", "each layer leaves as the optimizer updates it", combination("host", "layerwise", "io_uring", true));
+    documented("layerwise", "Layerwise PCCheck (Improved)", "each layer leaves as the optimizer updates it",
+               combination("host", "layerwise", "io_uring", true));
     // What --use-monitor does to the two, as methods of their own: a comparison has them side by side.
     for (std::string_view name : {"original", "layerwise"}) {
         auto with = *std::find_if(all.begin(), all.end(), [&](auto const& m) { return m.name == name; });
@@ -102,7 +107,8 @@ std::vector<method_entry> make_methods() {
         with.result_key = with.result_key + ", monitor";
         with.description += "; a monitor owns the store";
         with.needs_monitor = true;
-        if (!with.takes_monitor && with.missing.empty()) with.missing = "the monitor is not built: it needs the backend asio (Boost 1.78 or newer, and liburing)";
+        if (!with.takes_monitor && with.missing.empty())
+            with.missing = "the monitor is not built: it needs the backend asio (Boost 1.78 or newer, and liburing)";
         all.push_back(std::move(with));
     }
     for (std::string staging : {"host", "pinned", "gds"})

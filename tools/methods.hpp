@@ -23,45 +23,45 @@ namespace varve::tool {
 
 /// A monitor that owns the store in the method's place.
 struct monitor_use {
-    std::string address;  ///< unix:PATH or tcp:HOST:PORT
-    std::string store;    ///< what the monitor calls the store: its path, over TCP a name
+    std::string address;                      ///< unix:PATH or tcp:HOST:PORT
+    std::string store;                        ///< what the monitor calls the store: its path, over TCP a name
     std::string certificate, key, authority;  ///< PEM files; empty: TCP on loopback alone
     std::function<void()> respawn;            ///< starts another monitor where none can be reached; may be empty
 };
 
 /// What a method is built from; sizes in bytes, 0 for the method's own default.
 struct method_settings {
-    std::filesystem::path dir;          ///< the store, for methods that write files
-    std::string made_by = "varve";      ///< what the store's mark says
-    unsigned num_threads = 8;           ///< writer threads, queue depth, digest workers (at most the cores)
-    std::size_t max_async = 4;          ///< N
-    std::uint64_t buffer_bytes = 0;     ///< --buffer-size-mb
-    std::uint64_t batch_bytes = 0;      ///< --batch-size-mb
-    std::uint64_t pool_bytes = 0;       ///< --pool-size-mb; 0: one image; never above a quarter of the usable memory
-    std::size_t snapshots = 2;          ///< saves put aside in GPU memory at once, at most; for trainings on a GPU
+    std::filesystem::path dir;       ///< the store, for methods that write files
+    std::string made_by = "varve";   ///< what the store's mark says
+    unsigned num_threads = 8;        ///< writer threads, queue depth, digest workers (at most the cores)
+    std::size_t max_async = 4;       ///< N
+    std::uint64_t buffer_bytes = 0;  ///< --buffer-size-mb
+    std::uint64_t batch_bytes = 0;   ///< --batch-size-mb
+    std::uint64_t pool_bytes = 0;    ///< --pool-size-mb; 0: one image; never above a quarter of the usable memory
+    std::size_t snapshots = 2;       ///< saves put aside in GPU memory at once, at most; for trainings on a GPU
     when_busy busy = when_busy::block;
     std::size_t keep = 2;
-    std::uint64_t keep_every = 0;       ///< 0: off
+    std::uint64_t keep_every = 0;  ///< 0: off
     prepare_mode prepare = prepare_mode::write;
     bool wait_for_preparation = false;  ///< bench: slots are written before the clock starts; elsewhere in the background
     bool fresh = false;                 ///< start over: the store may be empty or, with overwrite, hold another run
     bool overwrite = false;
-    bool measure_waits = false;         ///< GPU time in waits goes into stalls(), where there is a GPU
-    bool durable_traditional = false;   ///< set by the entry `traditional-durable`
+    bool measure_waits = false;        ///< GPU time in waits goes into stalls(), where there is a GPU
+    bool durable_traditional = false;  ///< set by the entry `traditional-durable`
     observer_list observers;
     std::shared_ptr<monitor_use const> monitor;  ///< null: none; for entries that take one
 };
 
 /// What took effect, for the result's `config`.
 struct method_facts {
-    std::string combination;       ///< "host+layerwise+io_uring", after any fall-back: what ran
-    std::string sink;              ///< sink::describe()
-    std::string staging;           ///< the staging's describe(), if it has one
-    std::uint64_t device_bytes = 0; ///< GPU memory that it takes
-    std::uint64_t image_bytes = 0; ///< of one checkpoint; for the torch archive the bytes of its tensors
+    std::string combination;         ///< "host+layerwise+io_uring", after any fall-back: what ran
+    std::string sink;                ///< sink::describe()
+    std::string staging;             ///< the staging's describe(), if it has one
+    std::uint64_t device_bytes = 0;  ///< GPU memory that it takes
+    std::uint64_t image_bytes = 0;   ///< of one checkpoint; for the torch archive the bytes of its tensors
     std::uint64_t pool_bytes = 0;
     std::uint64_t block_bytes = 0;
-    std::size_t max_in_flight = 1; ///< N in effect
+    std::size_t max_in_flight = 1;  ///< N in effect
     std::size_t writing_at_once = 1;
     unsigned writer_threads = 0;
     unsigned digest_workers = 0;
@@ -91,11 +91,11 @@ public:
 
 /// A method that `--methods` names.
 struct method_entry {
-    std::string name;         ///< "layerwise", or a combination such as "host+async+posix"
-    std::string result_key;   ///< its key in `results`
-    std::string description;  ///< one line for --list
-    std::string missing;      ///< why it cannot run in this build or on this machine; empty if it can
-    bool writes_files = true; ///< false: null and memory sinks; `train` refuses these
+    std::string name;            ///< "layerwise", or a combination such as "host+async+posix"
+    std::string result_key;      ///< its key in `results`
+    std::string description;     ///< one line for --list
+    std::string missing;         ///< why it cannot run in this build or on this machine; empty if it can
+    bool writes_files = true;    ///< false: null and memory sinks; `train` refuses these
     bool takes_monitor = false;  ///< whether a monitor can own its store
     bool needs_monitor = false;  ///< it is a comparison's "with the monitor"
     std::function<std::unique_ptr<running_method>(libtorch::training_state&, method_settings)> start;

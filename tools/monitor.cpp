@@ -1,3 +1,7 @@
+#include <sys/signalfd.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <unistd.h>
 #include <algorithm>
 #include <cerrno>
 #include <charconv>
@@ -6,11 +10,7 @@
 #include <cstddef>
 #include <cstring>
 #include <ostream>
-#include <sys/signalfd.h>
-#include <sys/socket.h>
-#include <sys/un.h>
 #include <thread>
-#include <unistd.h>
 
 #include <nlohmann/json.hpp>
 
@@ -110,23 +110,26 @@ std::string help_text() {
            "a while, for a restart. Ends on SIGTERM or SIGINT once everything whole is committed.\n"
            "With --peer every checkpoint that is committed here is sent to a monitor on another host too, and a restart may come from there:\n"
            "what is not here, or newer there, is fetched. Nothing here waits for the peer; one that is slow or away gets the newest when it can.\n"
-           "It never holds more memory than --memory-mb (here " + std::to_string(quarter) + " MB unless it is given): a trainer whose pool is larger is refused.\n";
+           "It never holds more memory than --memory-mb (here " +
+           std::to_string(quarter) + " MB unless it is given): a trainer whose pool is larger is refused.\n";
 }
 
 }  // namespace
 
 int monitor(std::vector<std::string> const& args, std::ostream& out, std::ostream& err) {
-    auto where = option_group("Where"), what = option_group("What it holds"), secure = option_group("TCP between hosts: TLS 1.3, a certificate on both sides (PEM)"),
-         other = option_group("Other");
+    auto where = option_group("Where"), what = option_group("What it holds"),
+         secure = option_group("TCP between hosts: TLS 1.3, a certificate on both sides (PEM)"), other = option_group("Other");
     auto text = [](char const* name) { return po::value<std::string>()->value_name(name); };
     where.add_options()("dir", text("D"), "stores that trainers name stand below it; made if absent")(
         "unix", text("PATH"), "listen at a Unix socket, mode 0600; a dead monitor's is replaced")(
         "tcp", text("HOST:PORT"), "listen at TCP; without certificates a loopback address alone")(
         "peer", text("HOST:PORT"), "the monitor that gets a copy of every store, under its folder's name; without certificates on loopback alone");
-    what.add_options()("linger", po::value<std::string>()->value_name("S")->default_value("60"), "seconds that the newest checkpoint stays in memory once its trainer has gone")(
+    what.add_options()("linger", po::value<std::string>()->value_name("S")->default_value("60"),
+                       "seconds that the newest checkpoint stays in memory once its trainer has gone")(
         "memory-mb", text("M"), "MB (10^6 bytes) that pools and lingering checkpoints may take together (default: a quarter of the usable memory)")(
         "num-threads", po::value<std::string>()->value_name("N")->default_value("8"), "writes at once to the disk");
-    secure.add_options()("cert", text("FILE"), "our certificate")("key", text("FILE"), "its key")("ca", text("FILE"), "the authority that the other side's must be of");
+    secure.add_options()("cert", text("FILE"), "our certificate")("key", text("FILE"), "its key")("ca", text("FILE"),
+                                                                                                  "the authority that the other side's must be of");
     other.add_options()("status", "print what the monitor at --unix or --tcp holds, and end")("json", "with --status: as JSON")(
         "once", "end by itself when its trainers have gone and nothing lingers")("help", "this text");
     po::options_description shown(120), all(120);
@@ -183,7 +186,8 @@ int monitor(std::vector<std::string> const& args, std::ostream& out, std::ostrea
         say_ready(e.what());
         throw;
     }
-    for (auto const& at : serving->where()) o.log("listens at " + at.text() + ", holds at most " + std::to_string(o.memory_limit_bytes / 1'000'000) + " MB");
+    for (auto const& at : serving->where())
+        o.log("listens at " + at.text() + ", holds at most " + std::to_string(o.memory_limit_bytes / 1'000'000) + " MB");
     if (o.peer) o.log("sends copies to the peer at " + o.peer->text() + (o.peer_tls ? ", TLS" : ""));
     signals.watch([&] {
         notify("STOPPING=1");

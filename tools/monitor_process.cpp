@@ -2,17 +2,17 @@
 
 #include <boost/asio/io_context.hpp>
 
+#include <fcntl.h>
+#include <poll.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
 #include <cerrno>
 #include <chrono>
 #include <csignal>
 #include <cstdlib>
-#include <fcntl.h>
 #include <mutex>
-#include <poll.h>
-#include <sys/stat.h>
-#include <sys/wait.h>
 #include <thread>
-#include <unistd.h>
 
 #include "varve/asio/transport.hpp"
 #include "varve/detail/digest.hpp"
@@ -34,15 +34,17 @@ constexpr int ready_descriptor = 3;
 /// A folder that is ours alone, for sockets: the user's runtime folder, or one below /tmp.
 std::filesystem::path socket_folder(bool& made_here) {
     auto is_ours = [](char const* path) {
-        struct stat info {};
+        struct stat info{};
         return ::lstat(path, &info) == 0 && S_ISDIR(info.st_mode) && info.st_uid == ::geteuid() && (info.st_mode & 077) == 0;
     };
     made_here = false;
     if (char const* given = std::getenv("XDG_RUNTIME_DIR"); given && is_ours(given)) return given;
     auto const path = "/tmp/varve-" + std::to_string(::geteuid());
-    if (::mkdir(path.c_str(), 0700) != 0 && errno != EEXIST) throw_if(last_system_error(errno), path + ": cannot make a folder for the monitor's socket");
+    if (::mkdir(path.c_str(), 0700) != 0 && errno != EEXIST)
+        throw_if(last_system_error(errno), path + ": cannot make a folder for the monitor's socket");
     if (!is_ours(path.c_str()))
-        throw error(std::make_error_code(std::errc::permission_denied), path + ": not ours alone, so the monitor's socket cannot be there; set XDG_RUNTIME_DIR");
+        throw error(std::make_error_code(std::errc::permission_denied),
+                    path + ": not ours alone, so the monitor's socket cannot be there; set XDG_RUNTIME_DIR");
     made_here = true;
     return path;
 }
@@ -146,8 +148,17 @@ private:
         int ends[2];
         if (::pipe2(ends, O_CLOEXEC) != 0) throw_if(last_system_error(errno), "cannot start a monitor");
         file_descriptor reader(ends[0], system_calls::kernel()), writer(ends[1], system_calls::kernel());
-        std::vector<std::string> words{"varve",    "monitor",  "--dir",  store_.parent_path().string(),       "--unix",     where_.path.string(),
-                                       "--once",   "--linger", std::to_string(linger_seconds_), "--ready-fd", std::to_string(ready_descriptor)};
+        std::vector<std::string> words{"varve",
+                                       "monitor",
+                                       "--dir",
+                                       store_.parent_path().string(),
+                                       "--unix",
+                                       where_.path.string(),
+                                       "--once",
+                                       "--linger",
+                                       std::to_string(linger_seconds_),
+                                       "--ready-fd",
+                                       std::to_string(ready_descriptor)};
         words.insert(words.end(), more_words_.begin(), more_words_.end());
         std::vector<char*> argv;
         for (auto& w : words) argv.push_back(w.data());
@@ -185,7 +196,8 @@ private:
     bool over_ = false;
 };
 
-monitor_of_run::monitor_of_run(settings const& s, std::filesystem::path const& store, std::uint64_t linger_seconds, std::function<void(std::string const&)> say)
+monitor_of_run::monitor_of_run(settings const& s, std::filesystem::path const& store, std::uint64_t linger_seconds,
+                               std::function<void(std::string const&)> say)
     : impl_(std::make_shared<impl>(s, store, linger_seconds, std::move(say))) {
     if (impl_->external_) return;
     impl_->ensure();

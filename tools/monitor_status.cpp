@@ -42,7 +42,8 @@ std::string gigabytes(nlohmann::json const& bytes) {
 
 }  // namespace
 
-std::shared_ptr<asio::tls_context const> load_monitor_tls(std::string const& certificate, std::string const& key, std::string const& authority, bool server) {
+std::shared_ptr<asio::tls_context const> load_monitor_tls(std::string const& certificate, std::string const& key, std::string const& authority,
+                                                          bool server) {
     try {
         return asio::load_tls({certificate, key, authority}, server);
     } catch (error const& e) {
@@ -86,10 +87,11 @@ int print_monitor_status(asio::address const& at, std::shared_ptr<asio::tls_cont
         out << status.dump(2) << '\n';
         return 0;
     }
-    out << at.text() << ": process " << status["pid"] << ", " << gigabytes(status["memory_used_bytes"]) << " of " << gigabytes(status["memory_limit_bytes"]) << " in use\n";
+    out << at.text() << ": process " << status["pid"] << ", " << gigabytes(status["memory_used_bytes"]) << " of "
+        << gigabytes(status["memory_limit_bytes"]) << " in use\n";
     for (auto const& s : status["stores"]) {
-        out << s["path"].get<std::string>() << ": " << (s["trainer"] == true ? "a trainer" : "its trainer has gone") << ", " << s["in_flight"] << " in flight, "
-            << gigabytes(s["held_bytes"]) << " held";
+        out << s["path"].get<std::string>() << ": " << (s["trainer"] == true ? "a trainer" : "its trainer has gone") << ", " << s["in_flight"]
+            << " in flight, " << gigabytes(s["held_bytes"]) << " held";
         if (s.contains("crash_safe_step")) out << ", crash-safe step " << s["crash_safe_step"];
         if (s.contains("durable_step")) out << ", durable step " << s["durable_step"];
         if (s.contains("write_gb_per_s")) out << ", " << std::setprecision(3) << s["write_gb_per_s"].get<double>() << " GB/s";
@@ -98,7 +100,8 @@ int print_monitor_status(asio::address const& at, std::shared_ptr<asio::tls_cont
     if (status.contains("peer")) {
         if (status["peer"]["stores"].empty()) out << "peer " << status["peer"]["address"].get<std::string>() << ": no store has been open\n";
         for (auto const& s : status["peer"]["stores"]) {
-            out << s["path"].get<std::string>() << ": peer " << status["peer"]["address"].get<std::string>() << (s["connected"] == true ? ", connected" : ", not connected");
+            out << s["path"].get<std::string>() << ": peer " << status["peer"]["address"].get<std::string>()
+                << (s["connected"] == true ? ", connected" : ", not connected");
             if (s.contains("why")) out << " (" << s["why"].get<std::string>() << ")";
             if (s.contains("crash_safe_step")) out << ", crash-safe step " << s["crash_safe_step"];
             if (s.contains("durable_step")) out << ", durable step " << s["durable_step"];

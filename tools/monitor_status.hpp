@@ -9,7 +9,8 @@
 namespace varve::tool {
 
 /// The certificates of the options --cert, --key and --ca; throws usage_error for files that don't do, or where TLS is not built.
-std::shared_ptr<asio::tls_context const> load_monitor_tls(std::string const& certificate, std::string const& key, std::string const& authority, bool server);
+std::shared_ptr<asio::tls_context const> load_monitor_tls(std::string const& certificate, std::string const& key, std::string const& authority,
+                                                          bool server);
 
 /// The JSON that the monitor there answers a STATUS message with. Throws error where there is none.
 std::string monitor_status(asio::address const& at, std::shared_ptr<asio::tls_context const> const& tls);

@@ -1,10 +1,11 @@
 #include "probe.hpp"
 
+#include <fcntl.h>
+#include <unistd.h>
 #include <algorithm>
 #include <chrono>
 #include <condition_variable>
 #include <cstring>
-#include <fcntl.h>
 #include <iomanip>
 #include <iostream>
 #include <map>
@@ -14,7 +15,6 @@
 #include <span>
 #include <string>
 #include <system_error>
-#include <unistd.h>
 
 #include <boost/program_options.hpp>
 
@@ -321,7 +321,7 @@ int probe(std::vector<std::string> const& args, std::ostream& out, std::ostream&
     po::options_description options("varve probe --dir D: what a folder can take; nothing is left behind");
     options.add_options()("help", "show this")("dir", po::value<std::string>(), "the folder; it may hold anything")(
         "size-mb", po::value<double>()->default_value(1024, "1024"), "size of the file, MB (10^6 bytes)")("json", po::value<std::string>(),
-                                                                                                  "write the object to this file too");
+                                                                                                          "write the object to this file too");
     po::variables_map given;
     try {
         po::store(po::command_line_parser(args).options(options).run(), given);
@@ -341,7 +341,9 @@ int probe(std::vector<std::string> const& args, std::ostream& out, std::ostream&
     auto limits = measure_limits(given["dir"].as<std::string>(), size, &err);
     if (auto gpu = measure_gds(given["dir"].as<std::string>(), size))
         limits["sinks"]["gds"] = {{"write_gb_per_s", gpu->write}, {"read_gb_per_s", gpu->read}, {"describe", gpu->describe}};
-    auto line = [&](std::string const& what, double rate) { out << std::left << std::setw(34) << what << std::right << std::fixed << std::setprecision(2) << std::setw(8) << rate << " GB/s\n"; };
+    auto line = [&](std::string const& what, double rate) {
+        out << std::left << std::setw(34) << what << std::right << std::fixed << std::setprecision(2) << std::setw(8) << rate << " GB/s\n";
+    };
     line("direct write, sync included", limits["direct"]["write_gb_per_s"]);
     line("direct read", limits["direct"]["read_gb_per_s"]);
     for (auto const& [name, s] : limits["sinks"].items()) {

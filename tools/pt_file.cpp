@@ -1,10 +1,10 @@
 #include "pt_file.hpp"
 
+#include <sys/stat.h>
 #include <algorithm>
 #include <cstring>
 #include <span>
 #include <string_view>
-#include <sys/stat.h>
 
 #include "varve/detail/safetensors_match.hpp"
 #include "varve/detail/safetensors_rules.hpp"
@@ -24,7 +24,7 @@ class archive_checkpoint final : public checkpoint_file {
 public:
     explicit archive_checkpoint(file_descriptor fd) : fd_(std::move(fd)) {
         archives::zip_directory const directory(fd_.get());
-        struct stat info {};
+        struct stat info{};
         ::fstat(fd_.get(), &info);
         file_bytes_ = static_cast<std::uint64_t>(info.st_size);
         for (auto const& t : archives::parse_index(archives::text_record(fd_.get(), directory, archives::index_record))) add(t, directory);
@@ -60,7 +60,8 @@ private:
             value = archives::bytes_from_hex(std::string_view(t.where).substr(1), out.size_bytes);
         } else if (!t.where.empty()) {
             auto const* record = directory.find(std::string(archives::archive_folder) + t.where);
-            if (!record || record->size_bytes != out.size_bytes) detail::refuse_file("the tensor " + detail::printable(t.name) + " has no record of its size");
+            if (!record || record->size_bytes != out.size_bytes)
+                detail::refuse_file("the tensor " + detail::printable(t.name) + " has no record of its size");
             out.offset_bytes = archives::data_offset(*record);
         }
         tensors_.push_back(std::move(out));
@@ -79,7 +80,9 @@ private:
 }
 
 /// The number between `prefix` and the next dot.
-std::string_view group_of(std::string_view name, std::string_view prefix) { return name.substr(prefix.size(), name.find('.', prefix.size()) - prefix.size()); }
+std::string_view group_of(std::string_view name, std::string_view prefix) {
+    return name.substr(prefix.size(), name.find('.', prefix.size()) - prefix.size());
+}
 
 /// How Python names what a varve checkpoint holds, from the tensors' names and their order, which is that of the state.
 archives::python_layout layout_of(state const& s, std::vector<std::string> const& names) {
@@ -93,12 +96,14 @@ archives::python_layout layout_of(state const& s, std::vector<std::string> const
         } else if (name.starts_with(detail::model_prefix)) {
             out.model.emplace_back(name.substr(detail::model_prefix.size()), name);
         } else if (name.starts_with(group_prefix)) {
-            if (group_of(name, group_prefix) != "0") cannot_rebuild("it has several parameter groups, and which parameter is in which is not in the file");
+            if (group_of(name, group_prefix) != "0")
+                cannot_rebuild("it has several parameter groups, and which parameter is in which is not in the file");
             adam = adam || name == "optimizer.group.0.betas.0";
             sgd = sgd || name == "optimizer.group.0.momentum";
         } else if (name.starts_with(optimizer_prefix)) {
             for (std::string_view kept : {".exp_avg", ".momentum_buffer"})
-                if (name.ends_with(kept)) out.parameters.push_back(name.substr(optimizer_prefix.size(), name.size() - optimizer_prefix.size() - kept.size()));
+                if (name.ends_with(kept))
+                    out.parameters.push_back(name.substr(optimizer_prefix.size(), name.size() - optimizer_prefix.size() - kept.size()));
         }
     }
     for (auto const& [alias, stored] : s.aliases)
@@ -109,12 +114,21 @@ archives::python_layout layout_of(state const& s, std::vector<std::string> const
     archives::python_group group;
     // Python's AdamW sets decoupled_weight_decay itself when it loads.
     if (adam)
-        group.options = {{"lr", number},           {"betas", pair},   {"eps", number},               {"weight_decay", number},         {"amsgrad", boolean},
-                         {"maximize", always_false}, {"foreach", none}, {"capturable", always_false}, {"differentiable", always_false}, {"fused", none},
+        group.options = {{"lr", number},
+                         {"betas", pair},
+                         {"eps", number},
+                         {"weight_decay", number},
+                         {"amsgrad", boolean},
+                         {"maximize", always_false},
+                         {"foreach", none},
+                         {"capturable", always_false},
+                         {"differentiable", always_false},
+                         {"fused", none},
                          {"decoupled_weight_decay", always_false}};
     else
-        group.options = {{"lr", number},           {"momentum", number}, {"dampening", number},           {"weight_decay", number}, {"nesterov", boolean},
-                         {"maximize", always_false}, {"foreach", none},    {"differentiable", always_false}, {"fused", none}};
+        group.options = {{"lr", number},        {"momentum", number},       {"dampening", number}, {"weight_decay", number},
+                         {"nesterov", boolean}, {"maximize", always_false}, {"foreach", none},     {"differentiable", always_false},
+                         {"fused", none}};
     for (std::size_t i = 0; i < out.parameters.size(); ++i) group.parameters.push_back(i);
     out.groups.push_back(std::move(group));
     return out;
@@ -137,7 +151,9 @@ private:
 
 std::unique_ptr<file_format> archive_format() { return std::make_unique<libtorch::archive_reader>(); }
 
-std::unique_ptr<checkpoint_file> open_archive(std::filesystem::path const&, file_descriptor fd) { return std::make_unique<archive_checkpoint>(std::move(fd)); }
+std::unique_ptr<checkpoint_file> open_archive(std::filesystem::path const&, file_descriptor fd) {
+    return std::make_unique<archive_checkpoint>(std::move(fd));
+}
 
 void write_archive(state s, checkpoint_file const& from, checkpoint_identity const& identity, atomic_file& to) {
     std::map<std::string_view, file_tensor const*> sources;

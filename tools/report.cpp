@@ -20,8 +20,7 @@ namespace fs = std::filesystem;
 using namespace reporting;
 
 // Readers of the old file keep it whole until the new one is.
-void write_file(fs::path const& path, std::string const& text)
-{
+void write_file(fs::path const& path, std::string const& text) {
     auto temporary = path;
     temporary.replace_filename("." + path.filename().string() + ".tmp-" + std::to_string(::getpid()));
     std::error_code error;
@@ -30,11 +29,9 @@ void write_file(fs::path const& path, std::string const& text)
         std::ofstream stream(temporary, std::ios::binary | std::ios::trunc);
         stream.write(text.data(), static_cast<std::streamsize>(text.size()));
         stream.close();
-        if (!stream)
-            error = std::error_code(errno != 0 ? errno : EIO, std::system_category());
+        if (!stream) error = std::error_code(errno != 0 ? errno : EIO, std::system_category());
     }
-    if (!error)
-        fs::rename(temporary, path, error);
+    if (!error) fs::rename(temporary, path, error);
     if (error) {
         std::error_code ignored;
         fs::remove(temporary, ignored);
@@ -43,8 +40,7 @@ void write_file(fs::path const& path, std::string const& text)
     }
 }
 
-void prepare_output(fs::path const& file)
-{
+void prepare_output(fs::path const& file) {
     auto const shown = "'" + plain_text(file.string()) + "'";
     std::error_code error;
     if (!file.has_filename() || fs::is_directory(file, error))
@@ -58,14 +54,13 @@ void prepare_output(fs::path const& file)
 }
 
 // A file name as the target of a Markdown link.
-std::string link_target(std::string const& name)
-{
+std::string link_target(std::string const& name) {
     constexpr std::string_view digits = "0123456789ABCDEF";
     std::string target;
     for (auto const c : name) {
         auto const byte = static_cast<unsigned char>(c);
-        auto const plain = (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') ||
-                           std::string_view("-_.~").find(c) != std::string_view::npos;
+        auto const plain =
+            (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || std::string_view("-_.~").find(c) != std::string_view::npos;
         if (plain)
             target += c;
         else
@@ -75,8 +70,7 @@ std::string link_target(std::string const& name)
 }
 
 // Findings as they read on a terminal.
-std::string without_markdown(std::string const& markdown)
-{
+std::string without_markdown(std::string const& markdown) {
     std::string plain;
     for (std::size_t i = 0; i < markdown.size(); ++i) {
         if (markdown.compare(i, 2, "**") == 0) {
@@ -93,24 +87,20 @@ std::string without_markdown(std::string const& markdown)
     return plain;
 }
 
-bool has_method(std::vector<result_file> const& results, std::string_view name)
-{
-    return std::any_of(results.begin(), results.end(),
-                       [&](auto const& result) { return result.method(name) != nullptr; });
+bool has_method(std::vector<result_file> const& results, std::string_view name) {
+    return std::any_of(results.begin(), results.end(), [&](auto const& result) { return result.method(name) != nullptr; });
 }
 
-std::string introduction(std::vector<result_file> const& results)
-{
-    std::string text = "# What checkpoints cost\n\n" + std::to_string(results.size()) +
-                       (results.size() == 1 ? " result" : " results") + " of `varve bench`. GB is 10^9 bytes.";
+std::string introduction(std::vector<result_file> const& results) {
+    std::string text = "# What checkpoints cost\n\n" + std::to_string(results.size()) + (results.size() == 1 ? " result" : " results") +
+                       " of `varve bench`. GB is 10^9 bytes.";
     if (has_method(results, traditional_name))
         text += " " + std::string(traditional_name) + " is torch.save as it is, and not durable: its clock stops " +
                 "when the file is closed. Those of original and layerwise run on until no power cut can take it back.";
     return text + "\n\n";
 }
 
-std::string reading_aid()
-{
+std::string reading_aid() {
     return "*Drained time* runs to the last durable checkpoint, *loop time* to the end of the last step; *save time* "
            "is what the training thread spends on a checkpoint (waiting, copying, issuing), *latency* the time from "
            "its begin until it is durable. *Checkpoint overhead* is the save times' share of the drained time. The "
@@ -118,10 +108,9 @@ std::string reading_aid()
            "than the longest one. Values of several repeats are medians, with the smallest and the largest behind.\n\n";
 }
 
-} // namespace
+}  // namespace
 
-int write_report(report_options const& options, std::ostream& out, std::ostream& err)
-{
+int write_report(report_options const& options, std::ostream& out, std::ostream& err) {
     auto const results = load_results(options.input_dir, err);
     auto const groups = group_results(results);
     prepare_output(options.output_file);
@@ -129,28 +118,23 @@ int write_report(report_options const& options, std::ostream& out, std::ostream&
     auto text = introduction(results);
     text += "## Findings\n\n";
     std::string told;
-    for (auto const& group : groups)
-        told += "### " + markdown_text(group.title) + "\n\n" + findings(group) + '\n';
+    for (auto const& group : groups) told += "### " + markdown_text(group.title) + "\n\n" + findings(group) + '\n';
     text += told;
 
     std::string pictures;
     std::vector<chart> charts;
     if (auto const gnuplot = find_gnuplot()) {
         std::size_t number = 0;
-        auto const drawn =
-            std::count_if(groups.begin(), groups.end(), [](auto const& group) { return !group.earlier; });
+        auto const drawn = std::count_if(groups.begin(), groups.end(), [](auto const& group) { return !group.earlier; });
         try {
             for (auto const& group : groups) {
-                if (group.earlier)
-                    continue;
+                if (group.earlier) continue;
                 auto const prefix = drawn == 1 ? std::string("_") : "_" + std::to_string(++number) + "_";
                 auto const made = draw_charts(group, prefix, *gnuplot);
-                if (made.empty())
-                    continue;
+                if (made.empty()) continue;
                 pictures += "### " + markdown_text(group.title) + "\n\n";
                 for (auto const& one : made)
-                    pictures += "![" + markdown_text(one.title) + "](" +
-                                link_target(options.output_file.stem().string() + one.suffix) + ")\n\n";
+                    pictures += "![" + markdown_text(one.title) + "](" + link_target(options.output_file.stem().string() + one.suffix) + ")\n\n";
                 charts.insert(charts.end(), made.begin(), made.end());
             }
         } catch (std::runtime_error const& error) {
@@ -163,11 +147,9 @@ int write_report(report_options const& options, std::ostream& out, std::ostream&
         err << "no charts: gnuplot is not in PATH (package gnuplot-nox)\n";
     }
     text += "## Tables\n\n" + reading_aid();
-    for (auto const& group : groups)
-        text += "### " + markdown_text(group.title) + "\n\n" + tables(group);
+    for (auto const& group : groups) text += "### " + markdown_text(group.title) + "\n\n" + tables(group);
     text += "## Charts\n\n" + pictures + "## Machine and command\n\n" + provenance(results);
-    while (text.size() > 1 && text[text.size() - 2] == '\n')
-        text.pop_back();
+    while (text.size() > 1 && text[text.size() - 2] == '\n') text.pop_back();
 
     // The charts first: a report never points at one that is not there.
     for (auto const& one : charts) {
@@ -179,14 +161,12 @@ int write_report(report_options const& options, std::ostream& out, std::ostream&
     for (std::size_t begin = 0; begin < told.size();) {
         auto const end = told.find('\n', begin);
         auto line = told.substr(begin, end - begin);
-        if (line.starts_with("### "))
-            line.erase(0, 4);
-        if (!line.empty())
-            out << without_markdown(line) << '\n';
+        if (line.starts_with("### ")) line.erase(0, 4);
+        if (!line.empty()) out << without_markdown(line) << '\n';
         begin = end + 1;
     }
     out << "report: " << plain_text(options.output_file.string()) << '\n';
     return 0;
 }
 
-} // namespace varve::tool
+}  // namespace varve::tool

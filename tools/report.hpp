@@ -7,8 +7,8 @@ namespace varve::tool {
 
 /// What `varve report` is asked to do.
 struct report_options {
-    std::filesystem::path input_dir;   ///< Folder whose `*.json` results are read; folders below it are not.
-    std::filesystem::path output_file; ///< The Markdown to write; charts stand beside it as `<stem>_*.svg`.
+    std::filesystem::path input_dir;    ///< Folder whose `*.json` results are read; folders below it are not.
+    std::filesystem::path output_file;  ///< The Markdown to write; charts stand beside it as `<stem>_*.svg`.
 };
 
 /// Writes the report on every result in a folder: findings in words, tables, charts, machine and commands.
@@ -21,4 +21,4 @@ struct report_options {
 /// report cannot be written; an older report is left as it was then.
 int write_report(report_options const& options, std::ostream& out, std::ostream& err);
 
-} // namespace varve::tool
+}  // namespace varve::tool

@@ -22,9 +22,9 @@ std::string find_text(json const& object, std::string_view path);
 
 /// One method of one result.
 struct method_result {
-    std::string name;   ///< The key in `results`, control characters replaced.
-    std::string label;  ///< Short name for charts.
-    std::string colour; ///< `#rrggbb`, the same for a method all over the report.
+    std::string name;    ///< The key in `results`, control characters replaced.
+    std::string label;   ///< Short name for charts.
+    std::string colour;  ///< `#rrggbb`, the same for a method all over the report.
     json values;
 
     std::optional<double> number(std::string_view path) const { return find_number(values, path); }
@@ -36,7 +36,7 @@ struct method_result {
 struct result_file {
     std::string file_name;
     json document;
-    std::vector<method_result> methods; ///< none first, then traditional, original, layerwise, the others by name.
+    std::vector<method_result> methods;  ///< none first, then traditional, original, layerwise, the others by name.
 
     method_result const* method(std::string_view name) const;
     method_result const* none() const;
@@ -51,8 +51,8 @@ struct result_file {
 /// Results that are told together: one, or several that differ in the checkpoint frequency alone.
 struct result_group {
     std::string title;
-    std::vector<result_file const*> files; ///< By frequency.
-    bool earlier = false;                  ///< The same was run again later; it gets no charts.
+    std::vector<result_file const*> files;  ///< By frequency.
+    bool earlier = false;                   ///< The same was run again later; it gets no charts.
 
     bool swept() const { return files.size() > 1; }
 };
@@ -74,9 +74,9 @@ std::string markdown_text(std::string_view text);
 
 /// Whether a ratio of two methods differs from 1 by more than the noise.
 struct noise_verdict {
-    double ratio = 1;           ///< Median of paired repeats, or the ratio of the only run.
-    bool within_noise = true;   ///< 1 is inside the interval.
-    double low = 1, high = 1;   ///< 95% interval, or ratio -+ what counts as noise in one run.
+    double ratio = 1;          ///< Median of paired repeats, or the ratio of the only run.
+    bool within_noise = true;  ///< 1 is inside the interval.
+    double low = 1, high = 1;  ///< 95% interval, or ratio -+ what counts as noise in one run.
     std::size_t repeats = 1;
 };
 
@@ -86,8 +86,7 @@ noise_verdict judge(std::vector<double> ratios);
 /// What one run's difference must exceed, in percent: the rule stands in report_noise.cpp.
 double single_run_noise_percent(result_file const& file);
 /// Compares `path` of two methods; repeats are paired because methods take turns.
-std::optional<noise_verdict> compare(result_file const& file, method_result const& method, method_result const& base,
-                                     std::string_view path);
+std::optional<noise_verdict> compare(result_file const& file, method_result const& method, method_result const& base, std::string_view path);
 
 /// Markdown bullets: what the numbers of a group say.
 std::string findings(result_group const& group);
@@ -98,14 +97,13 @@ std::string provenance(std::vector<result_file> const& results);
 
 /// A chart that was drawn.
 struct chart {
-    std::string suffix; ///< What follows the report's stem in the file name, `.svg` included.
+    std::string suffix;  ///< What follows the report's stem in the file name, `.svg` included.
     std::string title;
     std::string svg;
 };
 
 /// Draws the charts of a group with the gnuplot at that path; `prefix` tells groups apart in file names.
 /// Throws std::runtime_error where gnuplot fails.
-std::vector<chart> draw_charts(result_group const& group, std::string const& prefix,
-                               std::filesystem::path const& gnuplot);
+std::vector<chart> draw_charts(result_group const& group, std::string const& prefix, std::filesystem::path const& gnuplot);
 
-} // namespace varve::tool::reporting
+}  // namespace varve::tool::reporting

@@ -15,4 +15,4 @@ std::string gnuplot_string(std::string const& text);
 /// Runs a script that draws one SVG to standard output, and returns it; throws std::runtime_error where that fails.
 std::string run_gnuplot(std::filesystem::path const& gnuplot, std::string const& script);
 
-} // namespace varve::tool::reporting
+}  // namespace varve::tool::reporting

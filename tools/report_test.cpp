@@ -21,36 +21,29 @@ using varve::tool::reporting::json;
 
 // A folder that goes with the test.
 struct folder {
-    folder()
-    {
+    folder() {
         std::string name = (fs::temp_directory_path() / "varve-report-XXXXXX").string();
-        if (::mkdtemp(name.data()) == nullptr)
-            throw std::runtime_error("no temporary folder");
+        if (::mkdtemp(name.data()) == nullptr) throw std::runtime_error("no temporary folder");
         path = name;
     }
     folder(folder const&) = delete;
-    ~folder()
-    {
+    ~folder() {
         std::error_code ignored;
         fs::remove_all(path, ignored);
     }
 
-    void write(std::string const& name, std::string const& text) const
-    {
+    void write(std::string const& name, std::string const& text) const {
         fs::create_directories((path / "in" / name).parent_path());
         std::ofstream(path / "in" / name) << text;
     }
     void write(std::string const& name, json const& document) const { write(name, document.dump()); }
-    std::string read(std::string const& name) const
-    {
+    std::string read(std::string const& name) const {
         std::ifstream stream(path / name);
         return {std::istreambuf_iterator<char>(stream), {}};
     }
-    std::size_t count(std::string const& name) const
-    {
+    std::size_t count(std::string const& name) const {
         std::size_t files = 0;
-        for ([[maybe_unused]] auto const& entry : fs::directory_iterator(path / name))
-            ++files;
+        for ([[maybe_unused]] auto const& entry : fs::directory_iterator(path / name)) ++files;
         return files;
     }
 
@@ -65,8 +58,7 @@ struct search_path {
     std::string before;
 };
 
-json method(double drained_sec, double save_ms)
-{
+json method(double drained_sec, double save_ms) {
     return {{"drained_time_sec", drained_sec},
             {"loop_time_sec", drained_sec},
             {"throughput", {{"samples_per_sec", 200 / drained_sec}}},
@@ -78,16 +70,13 @@ json method(double drained_sec, double save_ms)
             {"restore", {{"bit_exact", true}}}};
 }
 
-json none()
-{
+json none() {
     auto values = method(10, 0);
-    for (auto const* key : {"checkpoint", "restore", "overhead_vs_none_percent"})
-        values.erase(key);
+    for (auto const* key : {"checkpoint", "restore", "overhead_vs_none_percent"}) values.erase(key);
     return values;
 }
 
-json result(int every = 10)
-{
+json result(int every = 10) {
     return {{"results",
              {{"No Checkpoint", none()},
               {"Traditional PyTorch Checkpoint", method(20, 1000)},
@@ -110,8 +99,7 @@ struct written {
     std::string text, out, err;
 };
 
-written report(folder const& home, std::string const& output = "out/report.md")
-{
+written report(folder const& home, std::string const& output = "out/report.md") {
     std::ostringstream out, err;
     BOOST_TEST(varve::tool::write_report({home.path / "in", home.path / output}, out, err) == 0);
     return {home.read(output), out.str(), err.str()};
@@ -119,18 +107,15 @@ written report(folder const& home, std::string const& output = "out/report.md")
 
 bool holds(std::string const& text, std::string_view part) { return text.find(part) != std::string::npos; }
 
-bool gnuplot_missing()
-{
-    if (varve::tool::reporting::find_gnuplot())
-        return false;
+bool gnuplot_missing() {
+    if (varve::tool::reporting::find_gnuplot()) return false;
     varve_test::skip("gnuplot is not in PATH");
     return true;
 }
 
-} // namespace
+}  // namespace
 
-BOOST_AUTO_TEST_CASE(findings_come_first_and_name_the_cheapest_method)
-{
+BOOST_AUTO_TEST_CASE(findings_come_first_and_name_the_cheapest_method) {
     folder const home;
     home.write("comparison_1.json", result());
     auto const [text, out, err] = report(home);
@@ -150,8 +135,7 @@ BOOST_AUTO_TEST_CASE(findings_come_first_and_name_the_cheapest_method)
     BOOST_TEST(!holds(text, "null"));
 }
 
-BOOST_AUTO_TEST_CASE(a_difference_below_the_scatter_of_one_run_is_called_noise)
-{
+BOOST_AUTO_TEST_CASE(a_difference_below_the_scatter_of_one_run_is_called_noise) {
     folder const home;
     auto document = result();
     original(document)["drained_time_sec"] = 11.2;
@@ -161,16 +145,14 @@ BOOST_AUTO_TEST_CASE(a_difference_below_the_scatter_of_one_run_is_called_noise)
     BOOST_TEST(holds(text, "below about 3% count as noise"));
 }
 
-BOOST_AUTO_TEST_CASE(repeats_are_paired_and_give_an_interval)
-{
+BOOST_AUTO_TEST_CASE(repeats_are_paired_and_give_an_interval) {
     folder const home;
     auto document = result();
-    for (auto* values : {&original(document), &layerwise(document), &document["results"]["No Checkpoint"],
-                         &document["results"]["Traditional PyTorch Checkpoint"]}) {
+    for (auto* values :
+         {&original(document), &layerwise(document), &document["results"]["No Checkpoint"], &document["results"]["Traditional PyTorch Checkpoint"]}) {
         auto const time = (*values)["drained_time_sec"].get<double>();
         // The machine slows down from repeat to repeat, for every method alike: pairs do not care.
-        for (int i = 0; i < 7; ++i)
-            (*values)["repeats"].push_back({{"drained_time_sec", time * (1 + 0.1 * i) * (i % 2 == 0 ? 1 : 1.001)}});
+        for (int i = 0; i < 7; ++i) (*values)["repeats"].push_back({{"drained_time_sec", time * (1 + 0.1 * i) * (i % 2 == 0 ? 1 : 1.001)}});
     }
     home.write("comparison_1.json", document);
     auto const text = report(home).text;
@@ -179,8 +161,7 @@ BOOST_AUTO_TEST_CASE(repeats_are_paired_and_give_an_interval)
     BOOST_TEST(holds(text, "11.0 (11.0 to 17.6)"));
 }
 
-BOOST_AUTO_TEST_CASE(two_repeats_that_disagree_prove_nothing)
-{
+BOOST_AUTO_TEST_CASE(two_repeats_that_disagree_prove_nothing) {
     folder const home;
     auto document = result();
     original(document)["repeats"] = {{{"drained_time_sec", 13.0}}, {{"drained_time_sec", 15.0}}};
@@ -189,8 +170,7 @@ BOOST_AUTO_TEST_CASE(two_repeats_that_disagree_prove_nothing)
     BOOST_TEST(holds(report(home).text, "Layerwise PCCheck (Improved) and Original PCCheck cost least; the difference"));
 }
 
-BOOST_AUTO_TEST_CASE(what_is_wrong_is_said)
-{
+BOOST_AUTO_TEST_CASE(what_is_wrong_is_said) {
     folder const home;
     auto document = result();
     original(document)["final_loss"] = 6.912345678901235;
@@ -204,25 +184,20 @@ BOOST_AUTO_TEST_CASE(what_is_wrong_is_said)
     BOOST_TEST(holds(text, "Layerwise PCCheck (Improved): of its saves 3 skipped."));
 }
 
-BOOST_AUTO_TEST_CASE(files_that_differ_in_the_frequency_alone_are_one_sweep)
-{
+BOOST_AUTO_TEST_CASE(files_that_differ_in_the_frequency_alone_are_one_sweep) {
     folder const home;
-    for (auto const every : {50, 5, 10})
-        home.write("comparison_1_freq" + std::to_string(every) + ".json", result(every));
+    for (auto const every : {50, 5, 10}) home.write("comparison_1_freq" + std::to_string(every) + ".json", result(every));
     auto const text = report(home).text;
     BOOST_TEST(holds(text, "every 5, 10, 50 steps"));
     BOOST_TEST(holds(text, "costs least at every frequency"));
     BOOST_TEST(holds(text, "| Layerwise PCCheck (Improved) | 50 | 18.2 |"));
-    if (gnuplot_missing())
-        return;
+    if (gnuplot_missing()) return;
     BOOST_TEST(holds(home.read("out/report_overhead.svg"), "steps between checkpoints"));
     BOOST_TEST(home.count("out") == 5U);
 }
 
-BOOST_AUTO_TEST_CASE(charts_stand_beside_the_report_and_carry_values)
-{
-    if (gnuplot_missing())
-        return;
+BOOST_AUTO_TEST_CASE(charts_stand_beside_the_report_and_carry_values) {
+    if (gnuplot_missing()) return;
     folder const home;
     home.write("comparison_1.json", result());
     auto const text = report(home, "out/my report (1).md").text;
@@ -231,11 +206,10 @@ BOOST_AUTO_TEST_CASE(charts_stand_beside_the_report_and_carry_values)
         BOOST_TEST(holds(home.read("out/my report (1)_" + std::string(name) + ".svg"), "layerwise"));
     }
     BOOST_TEST(holds(home.read("out/my report (1)_save_time.svg"), "1000 ms"));
-    BOOST_TEST(home.count("out") == 5U); // no temporary file is left
+    BOOST_TEST(home.count("out") == 5U);  // no temporary file is left
 }
 
-BOOST_AUTO_TEST_CASE(without_gnuplot_the_tables_stand_alone)
-{
+BOOST_AUTO_TEST_CASE(without_gnuplot_the_tables_stand_alone) {
     folder const home;
     home.write("comparison_1.json", result());
     search_path const nothing(home.path.string());
@@ -246,8 +220,7 @@ BOOST_AUTO_TEST_CASE(without_gnuplot_the_tables_stand_alone)
     BOOST_TEST(home.count("out") == 1U);
 }
 
-BOOST_AUTO_TEST_CASE(a_gnuplot_that_fails_leaves_the_tables)
-{
+BOOST_AUTO_TEST_CASE(a_gnuplot_that_fails_leaves_the_tables) {
     folder const home;
     home.write("comparison_1.json", result());
     home.write("gnuplot", std::string("#!/bin/sh\necho broken >&2\nexit 3\n"));
@@ -258,8 +231,7 @@ BOOST_AUTO_TEST_CASE(a_gnuplot_that_fails_leaves_the_tables)
     BOOST_TEST(holds(text, "broken"));
 }
 
-BOOST_AUTO_TEST_CASE(names_in_a_result_run_no_commands_and_add_no_markup)
-{
+BOOST_AUTO_TEST_CASE(names_in_a_result_run_no_commands_and_add_no_markup) {
     folder const home;
     auto document = result();
     auto const mark = (home.path / "owned").string();
@@ -275,8 +247,7 @@ BOOST_AUTO_TEST_CASE(names_in_a_result_run_no_commands_and_add_no_markup)
     BOOST_TEST(holds(text, "````sh\n"));
 }
 
-BOOST_AUTO_TEST_CASE(files_that_are_no_results_are_skipped)
-{
+BOOST_AUTO_TEST_CASE(files_that_are_no_results_are_skipped) {
     folder const home;
     home.write("comparison_1.json", result());
     home.write("broken.json", std::string("{\"results\": {"));
@@ -294,16 +265,14 @@ BOOST_AUTO_TEST_CASE(files_that_are_no_results_are_skipped)
     BOOST_TEST(holds(text, "1 result of"));
 }
 
-BOOST_AUTO_TEST_CASE(a_result_may_lack_anything)
-{
+BOOST_AUTO_TEST_CASE(a_result_may_lack_anything) {
     folder const home;
     home.write("a.json", std::string(R"({"results": {"No Checkpoint": {}, "X": {}}})"));
     home.write("b.json", std::string(R"({"results": {"X": {"drained_time_sec": 0, "checkpoint": 3, "repeats": {}}}})"));
     home.write("c.json", std::string(R"({"results": {"X": {"repeats": [1, null], "final_loss": "x"}}, "config": [],
                                          "machine": null, "started": 7})"));
     auto document = result();
-    for (auto& [name, values] : document["results"].items())
-        values.erase("drained_time_sec");
+    for (auto& [name, values] : document["results"].items()) values.erase("drained_time_sec");
     home.write("d.json", document);
     auto const text = report(home).text;
     BOOST_TEST(holds(text, "4 results of"));
@@ -311,8 +280,7 @@ BOOST_AUTO_TEST_CASE(a_result_may_lack_anything)
     BOOST_TEST(!holds(text, "inf "));
 }
 
-BOOST_AUTO_TEST_CASE(without_results_the_error_says_what_to_do)
-{
+BOOST_AUTO_TEST_CASE(without_results_the_error_says_what_to_do) {
     folder const home;
     std::ostringstream out, err;
     auto const message = [&](fs::path const& input, fs::path const& output) {
@@ -332,8 +300,7 @@ BOOST_AUTO_TEST_CASE(without_results_the_error_says_what_to_do)
     BOOST_TEST(!fs::exists(home.path / "r.md"));
 }
 
-BOOST_AUTO_TEST_CASE(numbers_have_the_digits_that_matter)
-{
+BOOST_AUTO_TEST_CASE(numbers_have_the_digits_that_matter) {
     using varve::tool::reporting::format_number;
     BOOST_TEST(format_number(1234.5) == "1234");
     BOOST_TEST(format_number(123.45) == "123");

@@ -54,7 +54,8 @@ source find_source(request const& r, std::ostream& err) {
             err << "broken: " << e.what() << '\n';
         }
     }
-    throw error(errc::no_checkpoint, detail::printable(r.from.string()) + ": no whole checkpoint" + (r.step ? " of step " + std::to_string(*r.step) : ""));
+    throw error(errc::no_checkpoint,
+                detail::printable(r.from.string()) + ": no whole checkpoint" + (r.step ? " of step " + std::to_string(*r.step) : ""));
 }
 
 /// Step, sequence and the user's metadata; 0 where a file of others has no count.
@@ -148,18 +149,22 @@ int restore(std::vector<std::string> const& args, std::ostream& out, std::ostrea
     namespace po = boost::program_options;
     auto what = option_group("What"), where = option_group("Where"), help = option_group("Help");
     what.add_options()("step", po::value<std::string>()->value_name("S"), "the checkpoint of step S (default: the newest that is whole)")(
-        "model-only", "the tensors whose names begin with model. (default: all)")("no-verify", "take the bytes as they are, of files without digests too (default: every byte is checked first)");
+        "model-only", "the tensors whose names begin with model. (default: all)")(
+        "no-verify", "take the bytes as they are, of files without digests too (default: every byte is checked first)");
     where.add_options()("output", po::value<std::string>()->value_name("F"), "the file to write, F.safetensors or F.pt; it appears when it is whole");
     help.add_options()("help", "this text");
     po::options_description shown(120);
     shown.add(what).add(where).add(help);
-    auto values = parse_command_line(args, "Usage: varve restore PATH --output F [options]\nWrites a checkpoint out as a file of its own; PATH is a store or a checkpoint file.", shown, {"PATH"}, out);
+    auto values = parse_command_line(
+        args, "Usage: varve restore PATH --output F [options]\nWrites a checkpoint out as a file of its own; PATH is a store or a checkpoint file.",
+        shown, {"PATH"}, out);
     if (!values) return 0;
     auto const r = parse(*values);
     auto const from = find_source(r, err);
     auto const identity = identity_of(*from.file);
     if (r.step && identity.step != *r.step)
-        throw error(errc::no_checkpoint, detail::printable(from.path.string()) + ": is of step " + std::to_string(identity.step) + ", not " + std::to_string(*r.step));
+        throw error(errc::no_checkpoint,
+                    detail::printable(from.path.string()) + ": is of step " + std::to_string(identity.step) + ", not " + std::to_string(*r.step));
     atomic_file to(r.to);
     if (r.to.extension() == ".pt")
         write_archive(state_of(*from.file, r.model_only), *from.file, identity, to);

@@ -189,7 +189,8 @@ namespace {
 void check_monitor(settings const& s, settings_command command) {
     auto const given = int(!s.run.cert.empty()) + int(!s.run.key.empty()) + int(!s.run.ca.empty());
     if (given != 0 && given != 3) throw usage_error("--cert, --key and --ca go together: TLS shows a certificate on both sides");
-    if (given != 0 && s.run.monitor.empty() && s.run.peer.empty()) throw usage_error("--cert, --key and --ca go with --monitor tcp:HOST:PORT or --peer");
+    if (given != 0 && s.run.monitor.empty() && s.run.peer.empty())
+        throw usage_error("--cert, --key and --ca go with --monitor tcp:HOST:PORT or --peer");
     if (!s.run.peer.empty() && (!s.pccheck.use_monitor || !s.run.monitor.empty()))
         throw usage_error("--peer goes with --use-monitor: a monitor that runs already has its own");
     if (!s.wants_monitor()) return;
@@ -198,7 +199,8 @@ void check_monitor(settings const& s, settings_command command) {
         throw usage_error(std::string(option) + ": the monitor is not built; install Boost 1.78 or newer and liburing, and build again");
     if (command != settings_command::train || s.command.method.empty()) return;
     if (s.command.method != "none" && !runnable_method(s.command.method).takes_monitor)
-        throw usage_error(std::string(option) + ": " + s.command.method + " cannot go through a monitor; take original, layerwise, or a combination with a file sink");
+        throw usage_error(std::string(option) + ": " + s.command.method +
+                          " cannot go through a monitor; take original, layerwise, or a combination with a file sink");
 }
 
 }  // namespace

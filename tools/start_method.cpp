@@ -1,9 +1,9 @@
 #include "start_method.hpp"
 
+#include <unistd.h>
 #include <algorithm>
 #include <fstream>
 #include <thread>
-#include <unistd.h>
 #include <utility>
 
 #include "build_config.hpp"
@@ -100,8 +100,11 @@ std::unique_ptr<running_method> start_with(libtorch::training_state& training, m
     std::uint64_t const best_bytes = sink.limits().best_block_bytes;
     auto const block_bytes = block_bytes_of(s, by_layer, for_gpu ? std::max(best_bytes, std::uint64_t{8} << 20) : best_bytes);
     auto image_bytes = safetensors{}.lay_out(training.state()).size_bytes;
-    auto pool_bytes = s.pool_bytes != 0 ? s.pool_bytes : for_gpu ? std::uint64_t{256} << 20 : (image_bytes + block_bytes - 1) / block_bytes * block_bytes;
-    auto staging = make_staging<Staging>(Staging::memory == memory_kind::device ? pool_bytes : std::min(pool_bytes, largest_pool_bytes()), block_bytes, s);
+    auto pool_bytes = s.pool_bytes != 0 ? s.pool_bytes
+                      : for_gpu         ? std::uint64_t{256} << 20
+                                        : (image_bytes + block_bytes - 1) / block_bytes * block_bytes;
+    auto staging =
+        make_staging<Staging>(Staging::memory == memory_kind::device ? pool_bytes : std::min(pool_bytes, largest_pool_bytes()), block_bytes, s);
     facts.writing_at_once = writing_at_once;
     facts.digest_workers = digest_workers(s);
     using checkpointer_type = checkpointer<Staging, Scheduling, Sink>;
@@ -121,8 +124,8 @@ std::unique_ptr<running_method> start_with(libtorch::training_state& training, m
 /// The same with a monitor in the store's place. The pool is memory that a monitor on this machine sees too; it holds two images,
 /// or three with `replace`, so that the newest stays there while the next one comes.
 template <class Staging, class Scheduling>
-std::unique_ptr<running_method> start_with_monitor(libtorch::training_state& training, method_settings const& s, Scheduling scheduling, method_facts facts,
-                                                   std::size_t writing_at_once) {
+std::unique_ptr<running_method> start_with_monitor(libtorch::training_state& training, method_settings const& s, Scheduling scheduling,
+                                                   method_facts facts, std::size_t writing_at_once) {
     constexpr bool by_layer = Scheduling::copies == copy_moment::at_layer_ready;
     [[maybe_unused]] constexpr bool pinned = Staging::memory == memory_kind::pinned;  // unused without CUDA
     auto const block_bytes = block_bytes_of(s, by_layer, std::uint64_t{8} << 20);
@@ -134,8 +137,7 @@ std::unique_ptr<running_method> start_with_monitor(libtorch::training_state& tra
     asio::monitor_sink_options sink_options;
     sink_options.files = store_options_of(s);
     sink_options.respawn = s.monitor->respawn;
-    if (!s.monitor->certificate.empty())
-        sink_options.tls = asio::load_tls({s.monitor->certificate, s.monitor->key, s.monitor->authority}, false);
+    if (!s.monitor->certificate.empty()) sink_options.tls = asio::load_tls({s.monitor->certificate, s.monitor->key, s.monitor->authority}, false);
     if (where.is_unix()) sink_options.pool = std::make_shared<asio::shared_pool>(pool_bytes, block_bytes);
     auto staging = [&] {
         auto const& pool = sink_options.pool;
@@ -151,7 +153,8 @@ std::unique_ptr<running_method> start_with_monitor(libtorch::training_state& tra
     facts.digest_workers = digest_workers(s);
     using strategy_type = strategy<checkpointer<Staging, Scheduling, asio::monitor_sink>>;
     auto out = std::make_unique<strategy_type>(by_layer, std::move(facts), training.state(), std::move(staging), scheduling,
-                                               asio::monitor_sink(where, s.monitor->store, std::move(sink_options)), checkpointer_options_of(s, writing_at_once));
+                                               asio::monitor_sink(where, s.monitor->store, std::move(sink_options)),
+                                               checkpointer_options_of(s, writing_at_once));
     if (where.is_unix()) out->monitors_store(s.monitor->store);
     return out;
 }
@@ -162,7 +165,9 @@ std::unique_ptr<running_method> start_staging(libtorch::training_state& training
                                               std::string const& sink_name, bool all_write) {
     method_facts facts;
     constexpr auto memory = Staging::memory;
-    facts.combination = std::string(memory == memory_kind::device ? "gds+" : memory == memory_kind::pinned ? "pinned+" : "host+") +
+    facts.combination = std::string(memory == memory_kind::device   ? "gds+"
+                                    : memory == memory_kind::pinned ? "pinned+"
+                                                                    : "host+") +
                         std::string(scheduling) + "+" + sink_name;
     facts.writer_threads = sink_name == "posix" || sink_name == "cufile" ? std::max(1u, s.num_threads) : 0;
     auto n = std::max<std::size_t>(1, s.max_async);
@@ -220,10 +225,9 @@ std::unique_ptr<running_method> start_traditional(libtorch::training_state& trai
     }
 #endif
     using checkpointer_type = checkpointer<host_staging, sync, posix::sink, libtorch::archive>;
-    return std::make_unique<strategy<checkpointer_type>>(
-        false, std::move(facts), training.state(), host_staging(block_unit_bytes, block_unit_bytes), sync{},
-        posix::sink({.writer_threads = 1, .direct = posix::direct_io::never}), s.dir, std::move(files), checkpointer_options_of(s, 1),
-        libtorch::archive(training));
+    return std::make_unique<strategy<checkpointer_type>>(false, std::move(facts), training.state(), host_staging(block_unit_bytes, block_unit_bytes),
+                                                         sync{}, posix::sink({.writer_threads = 1, .direct = posix::direct_io::never}), s.dir,
+                                                         std::move(files), checkpointer_options_of(s, 1), libtorch::archive(training));
 }
 
 std::unique_ptr<running_method> start_original(libtorch::training_state& training, method_settings const& s) {

@@ -1,9 +1,9 @@
 #include "store_reader.hpp"
 
-#include <algorithm>
-#include <cerrno>
 #include <fcntl.h>
 #include <sys/stat.h>
+#include <algorithm>
+#include <cerrno>
 
 #include "varve/detail/store_folder.hpp"
 #include "varve/detail/text.hpp"
@@ -32,7 +32,7 @@ listed_store list_store(std::filesystem::path const& folder) {
         try {
             auto fd = open_to_read(path);
             auto identity = format_of(fd.get())->identify(fd.get());
-            struct stat info {};
+            struct stat info{};
             ::fstat(fd.get(), &info);
             out.checkpoints.push_back({path, identity.step, identity.sequence, static_cast<std::uint64_t>(info.st_size)});
         } catch (error const& e) {

@@ -1,7 +1,7 @@
 #include <ostream>
 
-#include <nlohmann/json.hpp>
 #include <sys/stat.h>
+#include <nlohmann/json.hpp>
 
 #include "varve/detail/safetensors_outline.hpp"
 #include "varve/detail/text.hpp"
@@ -28,7 +28,7 @@ judgement judge(std::filesystem::path const& path, bool structure_only) {
     judgement out{path, false, false, {}};
     try {
         auto fd = open_to_read(path);
-        struct stat info {};
+        struct stat info{};
         ::fstat(fd.get(), &info);
         auto size = size_text(static_cast<std::uint64_t>(info.st_size));
         auto format = format_of(fd.get());
@@ -58,7 +58,9 @@ int verify(std::vector<std::string> const& args, std::ostream& out, std::ostream
     auto shown = option_group("Options");
     shown.add_options()("structure", "check header and structure alone: for files of others, which have no digests (default: every byte)")(
         "json", "JSON")("help", "this text");
-    auto values = parse_command_line(args, "Usage: varve verify PATH [options]\nChecks a checkpoint by its content, or every checkpoint of a store: exit code 0 if all are whole, 1 if not.\n",
+    auto values = parse_command_line(args,
+                                     "Usage: varve verify PATH [options]\nChecks a checkpoint by its content, or every checkpoint of a store: exit "
+                                     "code 0 if all are whole, 1 if not.\n",
                                      shown, {"PATH"}, out);
     if (!values) return 0;
     std::filesystem::path const path = (*values)["PATH"].as<std::string>();
@@ -67,7 +69,8 @@ int verify(std::vector<std::string> const& args, std::ostream& out, std::ostream
     std::vector<judgement> judged;
     for (auto const& file : is_store ? checkpoint_paths(path) : std::vector{path}) {
         auto j = judge(file, structure_only);
-        if (!is_store && j.gone) throw error(std::make_error_code(std::errc::no_such_file_or_directory), detail::printable(path.string()) + ": " + j.says);
+        if (!is_store && j.gone)
+            throw error(std::make_error_code(std::errc::no_such_file_or_directory), detail::printable(path.string()) + ": " + j.says);
         if (!j.gone) judged.push_back(std::move(j));
     }
     if (judged.empty()) throw error(errc::no_checkpoint, detail::printable(path.string()) + ": holds no checkpoint");

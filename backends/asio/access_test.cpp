@@ -1,16 +1,16 @@
 #include <boost/test/unit_test.hpp>
 
-#include <cstdlib>
-#include <filesystem>
 #include <grp.h>
-#include <span>
-#include <stdexcept>
-#include <string>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
+#include <cstdlib>
+#include <filesystem>
+#include <span>
+#include <stdexcept>
+#include <string>
 
 #include "raw_peer.hpp"
 #include "support.hpp"
@@ -78,7 +78,7 @@ BOOST_AUTO_TEST_CASE(another_user_gets_no_word_even_where_the_socket_was_opened_
     o.memory_limit_bytes = 64u << 20;
     running_monitor monitor(o);
     auto const socket = monitor.where().path;
-    struct stat info {};
+    struct stat info{};
     BOOST_TEST_REQUIRE(::stat(socket.c_str(), &info) == 0);
     BOOST_TEST((info.st_mode & 0777) == 0600u);
     auto const shut = greet_as(nobody, socket);

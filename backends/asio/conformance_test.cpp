@@ -5,8 +5,8 @@
 
 #include <optional>
 
-#include "varve/conformance/sink.hpp"
 #include "varve/asio/sink.hpp"
+#include "varve/conformance/sink.hpp"
 
 namespace {
 
@@ -14,8 +14,8 @@ void expect_lawful(varve::asio::sink_options const& options) {
     if (auto refused = varve::asio::sink::available()) return varve_test::skip("no io_uring: " + refused.message());
     varve_test::scratch_folder folder;
     varve::conformance::sink_fixture<varve::asio::sink> fixture{[&] { return varve::asio::sink(options); },
-                                                                 [&](int index, std::uint64_t size) { return folder.request(index, size); },
-                                                                 [&](auto&, int index) { return std::optional(folder.content(index)); }};
+                                                                [&](int index, std::uint64_t size) { return folder.request(index, size); },
+                                                                [&](auto&, int index) { return std::optional(folder.content(index)); }};
     for (auto const& law : varve::conformance::check_sink(fixture)) BOOST_ERROR(law);
 }
 

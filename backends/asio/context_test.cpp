@@ -69,8 +69,8 @@ BOOST_AUTO_TEST_CASE(on_a_context_of_the_users_the_sink_keeps_the_laws) {
         users_context context(threads);
         varve_test::scratch_folder folder;
         varve::conformance::sink_fixture<varve::asio::sink> fixture{[&] { return varve::asio::sink({.context = context.get()}); },
-                                                                     [&](int index, std::uint64_t size) { return folder.request(index, size); },
-                                                                     [&](auto&, int index) { return std::optional(folder.content(index)); }};
+                                                                    [&](int index, std::uint64_t size) { return folder.request(index, size); },
+                                                                    [&](auto&, int index) { return std::optional(folder.content(index)); }};
         for (auto const& law : varve::conformance::check_sink(fixture)) BOOST_ERROR(law);
     }
 }
@@ -98,11 +98,12 @@ BOOST_AUTO_TEST_CASE(completions_run_on_the_users_threads_and_nothing_before_the
         int times = 0;
         std::error_code error{};
     } a;
-    target.write(0, {bytes.data(), bytes.size()}, {[](void* to, std::error_code e) noexcept {
-                                                       auto& x = *static_cast<answer*>(to);
-                                                       x = {std::this_thread::get_id(), x.times + 1, e};
-                                                   },
-                                                   &a});
+    target.write(0, {bytes.data(), bytes.size()},
+                 {[](void* to, std::error_code e) noexcept {
+                      auto& x = *static_cast<answer*>(to);
+                      x = {std::this_thread::get_id(), x.times + 1, e};
+                  },
+                  &a});
     BOOST_TEST(a.times == 0);
     context.run();  // returns: the write was all there was to do
     BOOST_TEST(a.times == 1);
@@ -138,7 +139,8 @@ BOOST_AUTO_TEST_CASE(a_write_allocates_nothing) {
     auto target = sink.open(folder.request(0, bytes.size()));
     auto write = [&] {
         std::binary_semaphore came{0};
-        target.write(0, {bytes.data(), bytes.size()}, {[](void* to, std::error_code) noexcept { static_cast<std::binary_semaphore*>(to)->release(); }, &came});
+        target.write(0, {bytes.data(), bytes.size()},
+                     {[](void* to, std::error_code) noexcept { static_cast<std::binary_semaphore*>(to)->release(); }, &came});
         came.acquire();
     };
     for (int i = 0; i < 3; ++i) write();
@@ -173,7 +175,8 @@ BOOST_AUTO_TEST_CASE(checkpoints_come_back_on_either_context) {
         };
         auto const place = folder.path() / "store";
         {
-            varve::checkpointer ck(state, varve::host_staging(16u << 20, varve::block_unit_bytes), varve::async<2>{}, varve::asio::sink({.context = where}), place);
+            varve::checkpointer ck(state, varve::host_staging(16u << 20, varve::block_unit_bytes), varve::async<2>{},
+                                   varve::asio::sink({.context = where}), place);
             for (std::uint64_t step = 1; step <= 5; ++step) {
                 ck.before_update();
                 fill(static_cast<float>(step));
@@ -182,7 +185,8 @@ BOOST_AUTO_TEST_CASE(checkpoints_come_back_on_either_context) {
         }
         auto const saved = std::pair(weights, moments);
         fill(-1);
-        varve::checkpointer ck(state, varve::host_staging(16u << 20, varve::block_unit_bytes), varve::async<2>{}, varve::asio::sink({.context = where}), place);
+        varve::checkpointer ck(state, varve::host_staging(16u << 20, varve::block_unit_bytes), varve::async<2>{},
+                               varve::asio::sink({.context = where}), place);
         auto restored = ck.restore();
         BOOST_TEST_REQUIRE(restored.has_value());
         BOOST_TEST(restored->step == 5u);

@@ -7,6 +7,7 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+#include <poll.h>
 #include <algorithm>
 #include <array>
 #include <cerrno>
@@ -15,7 +16,6 @@
 #include <filesystem>
 #include <memory>
 #include <optional>
-#include <poll.h>
 #include <span>
 #include <stdexcept>
 #include <string>
@@ -87,7 +87,8 @@ public:
     Message expect() {
         auto const type = next();
         if (type != Message::type)
-            throw std::runtime_error("message " + (type ? std::to_string(static_cast<int>(*type)) : "end") + " where " + std::to_string(static_cast<int>(Message::type)) + " comes");
+            throw std::runtime_error("message " + (type ? std::to_string(static_cast<int>(*type)) : "end") + " where " +
+                                     std::to_string(static_cast<int>(Message::type)) + " comes");
         return wire::decode<Message>(payload_);
     }
     bool says_nothing_for(std::chrono::milliseconds time) {

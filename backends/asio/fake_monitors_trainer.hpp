@@ -30,7 +30,8 @@ inline constexpr std::size_t floats_per_block = block / sizeof(float);
 struct trainer {
     using checkpointer_type = varve::checkpointer<varve::host_staging, varve::async<2>, varve::asio::monitor_sink>;
 
-    explicit trainer(fake_monitor& to, std::size_t pool_blocks = 8, bool shared = true) : monitor(to), blocks(pool_blocks), model(2, floats_per_block) {
+    explicit trainer(fake_monitor& to, std::size_t pool_blocks = 8, bool shared = true)
+        : monitor(to), blocks(pool_blocks), model(2, floats_per_block) {
         if (shared) pool = std::make_shared<varve::asio::shared_pool>(pool_blocks * block, block);
         options.pool = pool;
         options.files.keep = 3;
@@ -48,7 +49,8 @@ struct trainer {
     }
     void make() {
         auto staging = pool ? varve::host_staging(pool->memory(), block, pool) : varve::host_staging(blocks * block, block);
-        checkpointer.emplace(model.state(), std::move(staging), varve::async<2>{}, varve::asio::monitor_sink(monitor.where(), "/data/run", options), checkpointer_options);
+        checkpointer.emplace(model.state(), std::move(staging), varve::async<2>{}, varve::asio::monitor_sink(monitor.where(), "/data/run", options),
+                             checkpointer_options);
     }
     varve::ticket save(std::uint64_t step) {
         checkpointer->before_update();
@@ -58,7 +60,8 @@ struct trainer {
     std::string file_of(std::uint64_t step) { return checkpoint_bytes(model.state(), {step, 1, {{"loss", std::to_string(step)}}}); }
     bool holds(std::vector<std::byte> const& image, std::uint64_t step) {
         auto const file = file_of(step);
-        return image.size() == file.size() && std::memcmp(image.data() + hello.header_bytes, file.data() + hello.header_bytes, file.size() - hello.header_bytes) == 0;
+        return image.size() == file.size() &&
+               std::memcmp(image.data() + hello.header_bytes, file.data() + hello.header_bytes, file.size() - hello.header_bytes) == 0;
     }
 
     fake_monitor& monitor;

@@ -2,6 +2,10 @@
 
 #include <boost/test/unit_test.hpp>
 
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/wait.h>
+#include <unistd.h>
 #include <algorithm>
 #include <array>
 #include <atomic>
@@ -14,11 +18,7 @@
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <random>
-#include <sys/mman.h>
-#include <sys/prctl.h>
-#include <sys/wait.h>
 #include <thread>
-#include <unistd.h>
 
 #include <varve/asio/monitor/monitor.hpp>
 #include <varve/asio/monitor_sink.hpp>
@@ -119,7 +119,9 @@ bool becomes(Says says, std::chrono::milliseconds limit = 30s) {
 
 /// A host's processes: a monitor, a trainer, and the folder that they write.
 struct host {
-    explicit host(bool unix_socket) : where(unix_socket ? va::parse_address("unix:" + (folder.path().filename() / "s").string()) : va::parse_address("tcp:127.0.0.1:" + std::to_string(free_port()))) {}
+    explicit host(bool unix_socket)
+        : where(unix_socket ? va::parse_address("unix:" + (folder.path().filename() / "s").string())
+                            : va::parse_address("tcp:127.0.0.1:" + std::to_string(free_port()))) {}
 
     void start_monitor() {
         monitor.emplace([this] {
@@ -243,7 +245,8 @@ void kill_and_go_on(bool unix_socket, victim who) {
     h.start_monitor();
     auto const went_on = [&] {
         if (!becomes([&] { return h.words->restored >= 0 || !h.trainer->alive(); })) return false;
-        BOOST_TEST(h.words->restored.load() >= static_cast<std::int64_t>(promised), "promised step " << promised << " and went on from " << h.words->restored.load());
+        BOOST_TEST(h.words->restored.load() >= static_cast<std::int64_t>(promised),
+                   "promised step " << promised << " and went on from " << h.words->restored.load());
         return h.words->restored >= 0;
     };
     for (int round = 0; round < rounds_of_each(); ++round) {

@@ -25,7 +25,9 @@ public:
             return error_ != 0 ? -error_ : static_cast<ssize_t>(size);
         };
     }
-    void hold_up() { set([&] { held_up_ = true; }); }
+    void hold_up() {
+        set([&] { held_up_ = true; });
+    }
     void go_on(int error = 0) {
         set([&] {
             held_up_ = false;

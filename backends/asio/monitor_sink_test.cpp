@@ -2,8 +2,8 @@
 
 #include <boost/test/unit_test.hpp>
 
-#include <chrono>
 #include <fcntl.h>
+#include <chrono>
 #include <future>
 #include <thread>
 
@@ -105,7 +105,8 @@ BOOST_AUTO_TEST_CASE(a_monitor_that_gives_no_credit_gets_no_more_bytes_but_is_an
     c->say(wire::credit{2 * block});
     c->expect<wire::block_data>();
     c->say(wire::credit{2 * block});
-    while (c->next() != wire::message::commit) {}
+    while (c->next() != wire::message::commit) {
+    }
     c->say(wire::crash_safe{0});
     c->say(wire::durable{0, 1});
     BOOST_TEST(!ticket.durable().wait_for(20s));
@@ -150,7 +151,8 @@ BOOST_FIXTURE_TEST_CASE(a_save_that_is_not_wanted_any_more_is_abandoned, at_sock
     monitor_sink sink(monitor.where(), "/data/run", {.pool = pool});
     BOOST_TEST(sink.register_memory(staging.regions()[0]) == 0);
     BOOST_TEST(!sink.takes_digests());
-    auto introduced = std::async(std::launch::async, [&] { sink.introduce({model.state(), img, format.extension(), block, 1, varve::when_busy::block}); });
+    auto introduced =
+        std::async(std::launch::async, [&] { sink.introduce({model.state(), img, format.extension(), block, 1, varve::when_busy::block}); });
     auto const c = monitor.accept();
     c->greet();
     introduced.get();
@@ -159,11 +161,13 @@ BOOST_FIXTURE_TEST_CASE(a_save_that_is_not_wanted_any_more_is_abandoned, at_sock
     {
         auto target = sink.open(name(3));
         static std::atomic<int> came = 0;
-        target.write(img.header_bytes, {buffer.data(), 100, varve::memory_kind::host, 0}, {[](void*, std::error_code) noexcept { ++came; }, nullptr}, buffer.lend());
+        target.write(img.header_bytes, {buffer.data(), 100, varve::memory_kind::host, 0}, {[](void*, std::error_code) noexcept { ++came; }, nullptr},
+                     buffer.lend());
         BOOST_TEST(came == 1);
         // What is not on loan might be another block's by the time that the monitor reads it.
         static std::error_code refused;
-        target.write(img.header_bytes, {buffer.data(), 100, varve::memory_kind::host, 0}, {[](void*, std::error_code ec) noexcept { refused = ec; }, nullptr});
+        target.write(img.header_bytes, {buffer.data(), 100, varve::memory_kind::host, 0},
+                     {[](void*, std::error_code ec) noexcept { refused = ec; }, nullptr});
         BOOST_TEST(refused == errc::unsupported);
     }
     BOOST_TEST(c->expect<wire::begin>().step == 3u);

@@ -209,7 +209,8 @@ BOOST_AUTO_TEST_CASE(the_newest_checkpoint_lingers_in_memory_and_is_fetched_from
                 for (std::uint64_t at = 0; at < image.size_bytes;) {
                     auto const piece = next.peer.expect<wire::image_data>();
                     BOOST_TEST_REQUIRE(piece.offset == at);
-                    BOOST_TEST_REQUIRE(::pwrite(fd.get(), piece.bytes.data(), piece.bytes.size(), static_cast<off_t>(at)) == static_cast<ssize_t>(piece.bytes.size()));
+                    BOOST_TEST_REQUIRE(::pwrite(fd.get(), piece.bytes.data(), piece.bytes.size(), static_cast<off_t>(at)) ==
+                                       static_cast<ssize_t>(piece.bytes.size()));
                     at += piece.bytes.size();
                 }
             }
@@ -287,7 +288,10 @@ BOOST_AUTO_TEST_CASE(of_a_monitor_that_has_ended_nothing_is_left) {
 }
 
 BOOST_AUTO_TEST_CASE(a_monitor_for_once_ends_with_its_trainer) {
-    workplace w(true, [](auto& o) { o.once = true; o.linger = 200ms; });
+    workplace w(true, [](auto& o) {
+        o.once = true;
+        o.linger = 200ms;
+    });
     {
         auto t = w.trainer(2);
         t.greet();

@@ -1,7 +1,7 @@
 #include <boost/test/unit_test.hpp>
 
-#include <fstream>
 #include <sys/stat.h>
+#include <fstream>
 
 #include "fake_monitor.hpp"
 #include "monitor_workplace.hpp"
@@ -14,15 +14,17 @@ namespace {
 
 /// Two monitors in folders of their own: the second is the first's peer.
 struct two_monitors {
-    explicit two_monitors(std::function<void(va::monitor_options&)> change = [](auto&) {}) : there(false), here(true, [&](auto& o) {
-        o.peer = there.monitor->where();
-        o.peer_retry = 50ms;
-        change(o);
-    }) {}
+    explicit two_monitors(std::function<void(va::monitor_options&)> change = [](auto&) {})
+        : there(false), here(true, [&](auto& o) {
+              o.peer = there.monitor->where();
+              o.peer_retry = 50ms;
+              change(o);
+          }) {}
 
     nlohmann::json copy() { return here.status()["peer"]["stores"].at(0); }
     bool peer_gets(std::uint64_t step) {
-        return here.becomes([&](auto const& s) { return s["peer"]["stores"].size() == 1u && s["peer"]["stores"][0].value("durable_step", 0u) == step; });
+        return here.becomes(
+            [&](auto const& s) { return s["peer"]["stores"].size() == 1u && s["peer"]["stores"][0].value("durable_step", 0u) == step; });
     }
 
     workplace there, here;
@@ -259,7 +261,7 @@ BOOST_AUTO_TEST_CASE(a_restart_takes_from_the_peer_what_is_newer_there_or_not_he
         std::filesystem::create_directories(small.folder.path() / "stores");
         auto const on_disk = fetch(small.monitor->where(), {false, 0, 0});
         BOOST_TEST(t.holds(on_disk.file.get(), 7));
-        struct stat info {};
+        struct stat info{};
         BOOST_TEST(::fstat(on_disk.file.get(), &info) == 0);
         BOOST_TEST(info.st_nlink == 0u);
         BOOST_TEST(std::filesystem::is_empty(small.folder.path() / "stores"));
@@ -290,7 +292,8 @@ BOOST_AUTO_TEST_CASE(without_the_peer_a_restart_takes_what_is_here_and_with_noth
     auto const at = there->monitor->where();
     there.reset();
     workplace here(true, [&](auto& o) { o.peer = at; });
-    BOOST_CHECK_EXCEPTION(fetch(here.monitor->where(), {false, 0, 0}), std::runtime_error, [](auto const& e) { return has(e.what(), "--fresh") && !has(e.what(), "\n"); });
+    BOOST_CHECK_EXCEPTION(fetch(here.monitor->where(), {false, 0, 0}), std::runtime_error,
+                          [](auto const& e) { return has(e.what(), "--fresh") && !has(e.what(), "\n"); });
     auto t = here.trainer(1);
     t.greet();
     saves(t, 1);
@@ -331,7 +334,10 @@ BOOST_AUTO_TEST_CASE(monitors_that_are_peers_of_one_another_do_not_go_round) {
     std::optional<workplace> there(std::in_place, false);
     auto const at = there->monitor->where();
     there->monitor.reset();
-    workplace here(false, [&](auto& o) { o.peer = at; o.peer_retry = 20ms; });
+    workplace here(false, [&](auto& o) {
+        o.peer = at;
+        o.peer_retry = 20ms;
+    });
     va::monitor_options o;
     o.dir = there->folder.path() / "stores";
     o.listen = {at};
@@ -363,7 +369,10 @@ BOOST_AUTO_TEST_CASE(a_monitor_that_ends_waits_for_its_peer_but_not_for_one_that
         here.monitor.reset();
     }
     {
-        workplace here(true, [&](auto& o) { o.peer = peer.where(); o.peer_farewell = 200ms; });
+        workplace here(true, [&](auto& o) {
+            o.peer = peer.where();
+            o.peer_farewell = 200ms;
+        });
         auto t = here.trainer(1);
         t.greet();
         auto const connection = peer.accept();

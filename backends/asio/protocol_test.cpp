@@ -118,16 +118,22 @@ BOOST_AUTO_TEST_CASE(payload_and_references_are_not_mixed_and_credit_is_kept) {
         t.begin(1, 1);
         t.peer.send(wire::block_data{1, t.plans[0].offset_bytes, t.block(t.plans[0])});
     });
-    ends_with("no pool", [](auto& t) {
-        t.begin(1, 1);
-        t.peer.send(wire::block_ref{1, t.plans[0].offset_bytes, static_cast<std::uint32_t>(t.plans[0].size_bytes), 0, 0});
-    }, 0);
-    ends_with("credit", [](auto& t) {
-        for (std::uint64_t i = 1; t.peer.write_error == std::error_code() && i < 10; ++i) {
-            t.begin(i, i);
-            for (std::size_t b = 0; b + 1 < t.plans.size(); ++b) t.send_block(i, b);
-        }
-    }, 0);
+    ends_with(
+        "no pool",
+        [](auto& t) {
+            t.begin(1, 1);
+            t.peer.send(wire::block_ref{1, t.plans[0].offset_bytes, static_cast<std::uint32_t>(t.plans[0].size_bytes), 0, 0});
+        },
+        0);
+    ends_with(
+        "credit",
+        [](auto& t) {
+            for (std::uint64_t i = 1; t.peer.write_error == std::error_code() && i < 10; ++i) {
+                t.begin(i, i);
+                for (std::size_t b = 0; b + 1 < t.plans.size(); ++b) t.send_block(i, b);
+            }
+        },
+        0);
 }
 
 BOOST_AUTO_TEST_CASE(frames_of_another_protocol_end_the_connection) {
@@ -162,7 +168,10 @@ BOOST_AUTO_TEST_CASE(a_hello_that_makes_no_sense_is_refused) {
     refused("as large as its tensors", [](auto& t) { t.hello.image_bytes += 65536; });
     refused("impossible shape", [](auto& t) { t.hello.layers[0].tensors[0].shape = {1 << 30, 1 << 30, 1 << 30, 1 << 30}; });
     refused("impossible shape", [](auto& t) { t.hello.layers[0].tensors[0].shape = {-1}; });
-    refused("another way", [](auto& t) { t.hello.header_bytes -= 4096; t.hello.image_bytes -= 4096; });
+    refused("another way", [](auto& t) {
+        t.hello.header_bytes -= 4096;
+        t.hello.image_bytes -= 4096;
+    });
     refused("blocks of", [](auto& t) { t.hello.block_bytes = 1000; });
     refused("blocks of", [](auto& t) { t.hello.block_bytes = 0; });
     refused("a count", [](auto& t) { t.hello.in_flight = 0; });
@@ -269,7 +278,9 @@ BOOST_AUTO_TEST_CASE(random_bytes_after_the_greeting_end_one_connection_each) {
         if (round % 3 != 0) t.greet();
         // A good frame with some bytes changed.
         t.set(1);
-        std::vector<std::byte> bytes = round % 3 == 0 ? frame(0, t.hello) : round % 2 == 0 ? frame(1, wire::begin{1, 1}) : frame(1, wire::block_ref{1, t.layout.header_bytes, 65536, 0, 0});
+        std::vector<std::byte> bytes = round % 3 == 0   ? frame(0, t.hello)
+                                       : round % 2 == 0 ? frame(1, wire::begin{1, 1})
+                                                        : frame(1, wire::block_ref{1, t.layout.header_bytes, 65536, 0, 0});
         for (int i = 0; i < 3; ++i) bytes[random() % std::min<std::size_t>(bytes.size(), 60)] = static_cast<std::byte>(random());
         t.peer.send_bytes(bytes, {});
         t.peer.hears_within(20ms);

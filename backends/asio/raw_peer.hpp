@@ -2,11 +2,12 @@
 
 #include <boost/asio/io_context.hpp>
 
+#include <fcntl.h>
+#include <sys/mman.h>
 #include <cerrno>
 #include <chrono>
 #include <cstring>
 #include <deque>
-#include <fcntl.h>
 #include <filesystem>
 #include <memory>
 #include <optional>
@@ -14,7 +15,6 @@
 #include <span>
 #include <stdexcept>
 #include <string>
-#include <sys/mman.h>
 #include <thread>
 #include <variant>
 #include <vector>
@@ -36,10 +36,11 @@ using namespace std::chrono_literals;
 /// A monitor on a thread of its own, until it is stopped or gone.
 class running_monitor {
 public:
-    explicit running_monitor(varve::asio::monitor_options options) : monitor_(std::move(options)), thread_([this] {
-        monitor_.run();
-        over_ = true;
-    }) {}
+    explicit running_monitor(varve::asio::monitor_options options)
+        : monitor_(std::move(options)), thread_([this] {
+              monitor_.run();
+              over_ = true;
+          }) {}
     ~running_monitor() {
         monitor_.stop();
         thread_.join();
@@ -68,7 +69,13 @@ public:
     }
     void send_bytes(std::span<std::byte const> bytes, std::vector<int> descriptors = {}) {
         bool done = false;
-        stream_->write(std::span(&bytes, 1), [&](std::error_code ec, std::size_t) { done = true; write_error = ec; }, std::move(descriptors));
+        stream_->write(
+            std::span(&bytes, 1),
+            [&](std::error_code ec, std::size_t) {
+                done = true;
+                write_error = ec;
+            },
+            std::move(descriptors));
         wait(done);
     }
 
@@ -179,7 +186,8 @@ public:
     /// `images`: how many the pool holds; 0: none, blocks go as payload.
     raw_trainer(varve::asio::address const& to, std::string store, std::size_t images, std::shared_ptr<varve::asio::tls_context const> tls = nullptr)
         : peer(to, std::move(tls)), data_(2'600'007), other_(70'001) {
-        s.layers = {{"a", {{"a.w", varve::dtype::F32, {2'600'007}, data_.data(), {}}}}, {"b", {{"b.w", varve::dtype::U8, {70'001}, other_.data(), {}}}}};
+        s.layers = {{"a", {{"a.w", varve::dtype::F32, {2'600'007}, data_.data(), {}}}},
+                    {"b", {{"b.w", varve::dtype::U8, {70'001}, other_.data(), {}}}}};
         layout = varve::safetensors().lay_out(s);
         varve::block_map map(layout, s, block_bytes);
         plans.assign(map.blocks().begin(), map.blocks().end());
@@ -218,13 +226,15 @@ public:
         for (auto const& b : map.blocks()) {
             if (b.offset_bytes != plan.offset_bytes) continue;
             for (auto const& part : map.parts(b))
-                std::memcpy(bytes.data() + part.range.buffer_offset_bytes, static_cast<std::byte const*>(part.range.source->data) + part.range.source_offset_bytes, part.range.size_bytes);
+                std::memcpy(bytes.data() + part.range.buffer_offset_bytes,
+                            static_cast<std::byte const*>(part.range.source->data) + part.range.source_offset_bytes, part.range.size_bytes);
         }
         return bytes;
     }
     std::vector<std::uint64_t> digests() const {
         std::vector<std::uint64_t> out(varve::detail::chunk_count(layout.data_bytes()));
-        for (auto const& plan : plans) varve::detail::chunk_digests(block(plan), std::span(out).subspan((plan.offset_bytes - layout.header_bytes) / varve::digest_chunk_bytes));
+        for (auto const& plan : plans)
+            varve::detail::chunk_digests(block(plan), std::span(out).subspan((plan.offset_bytes - layout.header_bytes) / varve::digest_chunk_bytes));
         return out;
     }
 

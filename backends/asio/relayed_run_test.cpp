@@ -2,14 +2,14 @@
 
 #include <boost/test/unit_test.hpp>
 
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <sys/wait.h>
 #include <atomic>
 #include <chrono>
 #include <csignal>
 #include <filesystem>
 #include <optional>
-#include <sys/socket.h>
-#include <sys/un.h>
-#include <sys/wait.h>
 #include <thread>
 
 #include <varve/asio/monitor_sink.hpp>
@@ -39,8 +39,8 @@ template <class Scheduling = varve::async<2>>
 struct trainer {
     using checkpointer_type = varve::checkpointer<varve::host_staging, Scheduling, monitor_sink>;
 
-    trainer(va::address where, std::string store, bool shared, std::size_t pool_blocks = 12, varve::checkpointer_options options = {}, Scheduling scheduling = {},
-            varve::asio::monitor_sink_options to = {})
+    trainer(va::address where, std::string store, bool shared, std::size_t pool_blocks = 12, varve::checkpointer_options options = {},
+            Scheduling scheduling = {}, varve::asio::monitor_sink_options to = {})
         : model(2, floats_per_block) {
         if (shared) to.pool = std::make_shared<shared_pool>(pool_blocks * block, block);
         to.files.prepare = varve::prepare_mode::none;
@@ -256,7 +256,8 @@ BOOST_AUTO_TEST_CASE(a_connection_that_breaks_under_a_living_trainer_spoils_no_c
         bool const safe = round % 2 == 0 && !held.crash_safe().wait_for(30s);
         broken += break_connections_to(w.monitor->where().path);
         if (safe && round % 4 == 0) {
-            for (auto const until = std::chrono::steady_clock::now() + 30s; !std::filesystem::exists(w.file(n)) && std::chrono::steady_clock::now() < until;)
+            for (auto const until = std::chrono::steady_clock::now() + 30s;
+                 !std::filesystem::exists(w.file(n)) && std::chrono::steady_clock::now() < until;)
                 std::this_thread::sleep_for(1ms);
             BOOST_TEST(std::filesystem::exists(w.file(n)), "what was crash-safe is committed: step " << n);
         }

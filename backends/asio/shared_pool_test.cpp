@@ -2,8 +2,8 @@
 
 #include <boost/test/unit_test.hpp>
 
-#include <cstring>
 #include <sys/wait.h>
+#include <cstring>
 
 #include "varve/asio/shared_pool.hpp"
 #include "varve/image.hpp"
@@ -54,9 +54,8 @@ BOOST_AUTO_TEST_CASE(a_staging_keeps_the_pool_and_so_do_its_loans) {
 }
 
 BOOST_AUTO_TEST_CASE(more_memory_than_there_is_is_refused_in_one_line) {
-    BOOST_CHECK_EXCEPTION(varve::asio::shared_pool(std::size_t{1} << 46, block), varve::error, [](varve::error const& e) {
-        return std::string(e.what()).find("give a smaller pool") != std::string::npos;
-    });
+    BOOST_CHECK_EXCEPTION(varve::asio::shared_pool(std::size_t{1} << 46, block), varve::error,
+                          [](varve::error const& e) { return std::string(e.what()).find("give a smaller pool") != std::string::npos; });
 }
 
 BOOST_AUTO_TEST_SUITE_END()

@@ -68,11 +68,12 @@ BOOST_AUTO_TEST_CASE(a_read_behind_the_end_is_an_error) {
             std::binary_semaphore came{0};
             std::error_code error{};
         } a;
-        target.read(4096, bytes.bytes(), {[](void* to, std::error_code e) noexcept {
-                                              static_cast<answer*>(to)->error = e;
-                                              static_cast<answer*>(to)->came.release();
-                                          },
-                                          &a});
+        target.read(4096, bytes.bytes(),
+                    {[](void* to, std::error_code e) noexcept {
+                         static_cast<answer*>(to)->error = e;
+                         static_cast<answer*>(to)->came.release();
+                     },
+                     &a});
         a.came.acquire();
         BOOST_TEST(varve_test::is(a.error, EIO));
     });

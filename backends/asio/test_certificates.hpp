@@ -23,8 +23,8 @@ public:
             return;
         }
         for (char const* authority : {"ca", "ca2"})
-            run("req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=" + std::string(authority) + " -keyout " + path(std::string(authority) + ".key") +
-                " -out " + path(std::string(authority) + ".pem"));
+            run("req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=" + std::string(authority) + " -keyout " +
+                path(std::string(authority) + ".key") + " -out " + path(std::string(authority) + ".pem"));
         make("server", "ca", addresses);
         make("client", "ca", addresses);
         make("elsewhere", "ca", "IP:192.0.2.7");
@@ -49,13 +49,16 @@ public:
     }
 
 private:
-    void run(std::string const& command) const { BOOST_TEST_REQUIRE(std::system(("openssl " + command + " > /dev/null 2>&1").c_str()) == 0, "openssl " << command); }
+    void run(std::string const& command) const {
+        BOOST_TEST_REQUIRE(std::system(("openssl " + command + " > /dev/null 2>&1").c_str()) == 0, "openssl " << command);
+    }
 
     void make(std::string const& name, std::string const& authority, std::string const& addresses) const {
-        run("req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=" + name + " -keyout " + path(name + ".key") + " -out " + path(name + ".csr"));
+        run("req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=" + name + " -keyout " + path(name + ".key") + " -out " +
+            path(name + ".csr"));
         std::ofstream(path(name + ".ext")) << "subjectAltName=" << addresses << "\n";
-        run("x509 -req -in " + path(name + ".csr") + " -CA " + path(authority + ".pem") + " -CAkey " + path(authority + ".key") + " -CAcreateserial -days 2 -extfile " +
-            path(name + ".ext") + " -out " + path(name + ".pem"));
+        run("x509 -req -in " + path(name + ".csr") + " -CA " + path(authority + ".pem") + " -CAkey " + path(authority + ".key") +
+            " -CAcreateserial -days 2 -extfile " + path(name + ".ext") + " -out " + path(name + ".pem"));
     }
 
     scratch_folder folder_;

@@ -2,11 +2,11 @@
 
 #include <boost/asio/io_context.hpp>
 
+#include <sys/mman.h>
+#include <sys/stat.h>
 #include <cstdlib>
 #include <fstream>
 #include <numeric>
-#include <sys/mman.h>
-#include <sys/stat.h>
 #include <thread>
 
 #include "scratch_folder.hpp"
@@ -25,7 +25,8 @@ namespace {
 /// Both ends of a connection, on one thread that the test itself runs.
 class pair_of_ends {
 public:
-    explicit pair_of_ends(va::address const& at, std::shared_ptr<va::tls_context const> server = nullptr, std::shared_ptr<va::tls_context const> client = nullptr)
+    explicit pair_of_ends(va::address const& at, std::shared_ptr<va::tls_context const> server = nullptr,
+                          std::shared_ptr<va::tls_context const> client = nullptr)
         : listening(context.get_executor(), at, server) {
         listening.accept(context.get_executor(), [this](std::error_code ec, std::unique_ptr<va::stream> s) {
             accept_error = ec;
@@ -66,7 +67,14 @@ public:
     void send(va::stream& from, std::string const& text, std::vector<int> descriptors = {}) {
         bool done = false;
         auto const bytes = std::as_bytes(std::span(text));
-        from.write(std::span(&bytes, 1), [&](std::error_code ec, std::size_t n) { done = true; BOOST_TEST(!ec, ec.message()); BOOST_TEST(n == text.size()); }, descriptors);
+        from.write(
+            std::span(&bytes, 1),
+            [&](std::error_code ec, std::size_t n) {
+                done = true;
+                BOOST_TEST(!ec, ec.message());
+                BOOST_TEST(n == text.size());
+            },
+            descriptors);
         while (!done) step();
     }
     std::string receive(va::stream& at, std::size_t size, std::error_code expected = {}) {
@@ -182,9 +190,17 @@ BOOST_AUTO_TEST_CASE(a_certificate_of_another_authority_is_refused_on_either_sid
     std::byte a[1], b[1];
     listening.accept(context.get_executor(), [&](std::error_code, std::unique_ptr<va::stream> s) {
         there = std::move(s);
-        there->read(a, 1, [&](std::error_code ec, std::size_t) { at_server = ec; there->close(); });
+        there->read(a, 1, [&](std::error_code ec, std::size_t) {
+            at_server = ec;
+            there->close();
+        });
     });
-    std::thread server([&] { while (!at_server) { context.restart(); context.run_one_for(50ms); } });
+    std::thread server([&] {
+        while (!at_server) {
+            context.restart();
+            context.run_one_for(50ms);
+        }
+    });
     here = va::connect(others.get_executor(), listening.where(), files.load("stranger", false, "ca"), 5s);
     here->read(b, 1, [&](std::error_code ec, std::size_t) { at_client = ec; });
     others.run_for(5s);
@@ -207,7 +223,8 @@ BOOST_AUTO_TEST_CASE(tls_does_not_talk_to_a_peer_without_it) {
     pair_of_ends ends(loopback());
     bool done = false;
     boost::asio::io_context others;
-    refuses(std::errc::timed_out, "tcp:127.0.0.1", [&] { va::connect(others.get_executor(), ends.listening.where(), files.load("client", false), 200ms); });
+    refuses(std::errc::timed_out, "tcp:127.0.0.1",
+            [&] { va::connect(others.get_executor(), ends.listening.where(), files.load("client", false), 200ms); });
     done = true;
     BOOST_TEST(done);
 }
@@ -215,7 +232,8 @@ BOOST_AUTO_TEST_CASE(tls_does_not_talk_to_a_peer_without_it) {
 BOOST_AUTO_TEST_CASE(unusable_certificates_are_named) {
     test_certificates files;
     if (!files.usable()) return;
-    refuses(std::errc::invalid_argument, "absent", [&] { va::load_tls({files.path("absent"), files.path("server.key"), files.path("ca.pem")}, true); });
+    refuses(std::errc::invalid_argument, "absent",
+            [&] { va::load_tls({files.path("absent"), files.path("server.key"), files.path("ca.pem")}, true); });
     refuses(std::errc::invalid_argument, "client.key",
             [&] { va::load_tls({files.path("server.pem"), files.path("client.key"), files.path("ca.pem")}, true); });
 }
@@ -250,7 +268,10 @@ BOOST_AUTO_TEST_CASE(closing_ends_what_is_pending) {
     std::byte b[1];
     std::error_code outcome;
     bool done = false;
-    ends.here->read(b, 1, [&](std::error_code ec, std::size_t) { done = true; outcome = ec; });
+    ends.here->read(b, 1, [&](std::error_code ec, std::size_t) {
+        done = true;
+        outcome = ec;
+    });
     ends.here.reset();
     BOOST_TEST(!done);
     while (!done) ends.step();
@@ -263,7 +284,7 @@ BOOST_AUTO_TEST_CASE(a_socket_s_file_is_private_and_goes_with_the_listener) {
     auto const at = unix_in(folder);
     {
         va::listener one(context.get_executor(), at, nullptr);
-        struct stat info {};
+        struct stat info{};
         BOOST_TEST_REQUIRE(::stat(at.path.c_str(), &info) == 0);
         BOOST_TEST((info.st_mode & 0777) == 0600u);
         refuses(std::errc::address_in_use, "another monitor", [&] { va::listener two(context.get_executor(), at, nullptr); });
@@ -281,7 +302,9 @@ BOOST_AUTO_TEST_CASE(a_dead_listener_s_socket_is_replaced_and_other_files_are_no
         std::filesystem::create_hard_link(at.path, folder.path() / "kept");
     }
     std::filesystem::rename(folder.path() / "kept", at.path);
-    { va::listener next(context.get_executor(), at, nullptr); }
+    {
+        va::listener next(context.get_executor(), at, nullptr);
+    }
     BOOST_TEST(!std::filesystem::exists(at.path));
     std::ofstream(at.path) << "thesis";
     refuses(std::errc::file_exists, "no socket", [&] { va::listener next(context.get_executor(), at, nullptr); });
@@ -290,7 +313,8 @@ BOOST_AUTO_TEST_CASE(a_dead_listener_s_socket_is_replaced_and_other_files_are_no
 
 BOOST_AUTO_TEST_CASE(tcp_without_tls_stays_on_the_machine) {
     boost::asio::io_context context;
-    refuses(std::errc::operation_not_permitted, "--cert", [&] { va::listener l(context.get_executor(), va::parse_address("tcp:0.0.0.0:0"), nullptr); });
+    refuses(std::errc::operation_not_permitted, "--cert",
+            [&] { va::listener l(context.get_executor(), va::parse_address("tcp:0.0.0.0:0"), nullptr); });
     refuses(std::errc::operation_not_permitted, "--cert",
             [&] { va::connect(context.get_executor(), va::parse_address("tcp:192.0.2.1:1"), nullptr, 1s); });
 }
@@ -299,13 +323,15 @@ BOOST_AUTO_TEST_CASE(what_cannot_be_connected_to_is_one_line) {
     scratch_folder folder;
     boost::asio::io_context context;
     refuses(std::errc::no_such_file_or_directory, "unix:", [&] { va::connect(context.get_executor(), unix_in(folder), nullptr, 1s); });
-    refuses(std::errc::connection_refused, "tcp:127.0.0.1:1:", [&] { va::connect(context.get_executor(), va::parse_address("tcp:127.0.0.1:1"), nullptr, 1s); });
+    refuses(std::errc::connection_refused,
+            "tcp:127.0.0.1:1:", [&] { va::connect(context.get_executor(), va::parse_address("tcp:127.0.0.1:1"), nullptr, 1s); });
     refuses(std::errc::filename_too_long, "at most",
             [&] { va::connect(context.get_executor(), va::parse_address("unix:/" + std::string(200, 'x')), nullptr, 1s); });
 }
 
 BOOST_AUTO_TEST_CASE(addresses_read_as_they_are_written) {
-    for (char const* text : {"unix:/run/varve", "tcp:host:5000", "tcp:[::1]:1", "tcp:10.0.0.1:65535"}) BOOST_TEST(va::parse_address(text).text() == text);
+    for (char const* text : {"unix:/run/varve", "tcp:host:5000", "tcp:[::1]:1", "tcp:10.0.0.1:65535"})
+        BOOST_TEST(va::parse_address(text).text() == text);
     for (char const* text : {"", "host:1", "unix:", "tcp:host", "tcp::1", "tcp:host:", "tcp:host:65536", "tcp:host:-1", "tcp:host:1x"})
         BOOST_CHECK_THROW(va::parse_address(text), varve::error);
 }

@@ -37,8 +37,7 @@ extern "C" int LLVMFuzzerTestOneInput(std::uint8_t const* data, std::size_t size
             std::copy_n(left.begin(), n, room.begin());
             frames.filled(n);
             left = left.subspan(n);
-            while (auto const next = frames.next())
-                wire::decode(next->first, next->second, [](auto const& m) { expect_the_same_again(m); });
+            while (auto const next = frames.next()) wire::decode(next->first, next->second, [](auto const& m) { expect_the_same_again(m); });
         }
     } catch (varve::error const& e) {
         if (e.code() != varve::errc::malformed) __builtin_trap();

@@ -62,7 +62,8 @@ std::vector<bytes> seeds() {
 /// What fuzzers do to an input.
 void mutate(bytes& input, std::mt19937_64& random) {
     auto at = [&] { return 1 + random() % (input.size() - 1); };
-    static constexpr std::uint32_t telling[] = {0, 1, 0x7f, 0x80, 0xff, 0xffff, 0x7fffffff, 0x80000000, 0xffffffff, 24, 1u << 20, 16u << 20, (16u << 20) + 1};
+    static constexpr std::uint32_t telling[] = {0,          1,          0x7f, 0x80,     0xff,      0xffff,         0x7fffffff,
+                                                0x80000000, 0xffffffff, 24,   1u << 20, 16u << 20, (16u << 20) + 1};
     for (auto n = 1 + random() % 4; n > 0 && input.size() > 6; --n) {
         switch (random() % 7) {
         case 0: input[at()] ^= static_cast<std::uint8_t>(1u << random() % 8); break;

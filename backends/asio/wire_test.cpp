@@ -64,7 +64,8 @@ BOOST_AUTO_TEST_CASE(every_message_comes_back_as_it_was_sent) {
 
 BOOST_AUTO_TEST_CASE(the_bytes_of_a_frame_are_those_that_the_readme_says) {
     auto const frame = frame_of(wire::durable{0x0102030405060708, 9}, 3);
-    std::vector<int> const expected{'V', 'R', 'V', '1', 68, 0, 0, 0, 16, 0, 0, 0, 0, 0, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0, 8, 7, 6, 5, 4, 3, 2, 1, 9, 0, 0, 0, 0, 0, 0, 0};
+    std::vector<int> const expected{'V', 'R', 'V', '1', 68, 0, 0, 0, 16, 0, 0, 0, 0, 0, 0, 0, 3, 0, 0, 0,
+                                    0,   0,   0,   0,   8,  7, 6, 5, 4,  3, 2, 1, 9, 0, 0, 0, 0, 0, 0, 0};
     BOOST_REQUIRE(frame.size() == expected.size());
     for (std::size_t i = 0; i < frame.size(); ++i) BOOST_TEST(static_cast<int>(frame[i]) == expected[i], "byte " << i);
 }
@@ -78,7 +79,8 @@ BOOST_AUTO_TEST_CASE(a_message_that_ends_early_or_late_is_refused) {
             BOOST_TEST(!refusal_of([&] { wire::decode<Message>(std::span(frame).subspan(wire::header_bytes, n)); }).empty(),
                        "type " << static_cast<int>(Message::type) << " cut to " << n);
         frame.push_back(std::byte{0});
-        if (!open_ended) BOOST_TEST(says(refusal_of([&] { wire::decode<Message>(std::span(frame).subspan(wire::header_bytes)); }), "1 bytes too many"));
+        if (!open_ended)
+            BOOST_TEST(says(refusal_of([&] { wire::decode<Message>(std::span(frame).subspan(wire::header_bytes)); }), "1 bytes too many"));
     });
 }
 

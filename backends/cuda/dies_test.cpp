@@ -74,7 +74,8 @@ void the_store_stays_clean(bool unwinds) {
             auto const size = std::filesystem::file_size(entry.path());
             std::vector<std::byte> last(4 * block);
             BOOST_TEST_REQUIRE(size > last.size());
-            BOOST_TEST_REQUIRE(::pread(fd.get(), last.data(), last.size(), static_cast<off_t>(size - last.size())) == static_cast<ssize_t>(last.size()));
+            BOOST_TEST_REQUIRE(::pread(fd.get(), last.data(), last.size(), static_cast<off_t>(size - last.size())) ==
+                               static_cast<ssize_t>(last.size()));
             BOOST_TEST(std::memcmp(last.data(), last.data() + 1, last.size() - 1) == 0);
             BOOST_TEST(std::to_integer<std::uint64_t>(last[0]) == step);
         }

@@ -73,7 +73,7 @@ BOOST_AUTO_TEST_CASE(a_pool_that_is_bound_to_a_node_lies_there_and_takes_saves) 
         BOOST_TEST((about.type == cudaMemoryTypeHost));
     }
     varve::checkpointer<varve::cuda::pinned_staging, varve::async<2>, checking_sink> ck(model.state(), std::move(staging), {},
-                                                                                       checking_sink(model.state(), log));
+                                                                                        checking_sink(model.state(), log));
     for (std::uint64_t step = 1; step <= 3; ++step) {
         ck.before_update_all({own.stream});
         for (std::size_t l = 0; l < model.layers(); ++l) model.update(l, step, own.stream);

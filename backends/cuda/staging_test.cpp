@@ -1,10 +1,10 @@
 #include <boost/test/unit_test.hpp>
 
-#include <array>
 #include <fcntl.h>
-#include <future>
 #include <sys/mman.h>
 #include <unistd.h>
+#include <array>
+#include <future>
 
 #include "pinned_training.hpp"
 #include "varve/scheduling/async.hpp"

@@ -2,14 +2,14 @@
 #include <cufile.h>
 #include <dlfcn.h>
 
+#include <strings.h>
+#include <unistd.h>
 #include <cerrno>
 #include <cstdlib>
 #include <fstream>
 #include <optional>
 #include <string>
-#include <strings.h>
 #include <type_traits>
-#include <unistd.h>
 
 #include "varve/cuda/device.hpp"
 #include "varve/cuda/memory.hpp"
@@ -93,7 +93,8 @@ public:
         // This makes the device's context, too, which cuFile works in.
         copies_.emplace(true);
         auto opened = failure_of(call_.driver_open());
-        if (opened != 0 && opened != CU_FILE_DRIVER_ALREADY_OPEN) throw error(code_of(opened), "cannot open cuFile's driver: " + code_of(opened).message());
+        if (opened != 0 && opened != CU_FILE_DRIVER_ALREADY_OPEN)
+            throw error(code_of(opened), "cannot open cuFile's driver: " + code_of(opened).message());
         facts_ = facts_of(call_);
     }
 

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <unistd.h>
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
@@ -12,7 +13,6 @@
 #include <set>
 #include <span>
 #include <string>
-#include <unistd.h>
 
 #include "varve/gds/cufile.hpp"
 

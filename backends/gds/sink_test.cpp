@@ -116,7 +116,8 @@ BOOST_AUTO_TEST_CASE(short_and_interrupted_transfers_are_resumed) {
 }
 
 BOOST_AUTO_TEST_CASE(a_failed_transfer_says_why_in_the_right_category) {
-    for (auto [answer, expected] : {std::pair{-ENOSPC, std::error_code(ENOSPC, std::system_category())}, {0, std::error_code(EIO, std::system_category())}}) {
+    for (auto [answer, expected] :
+         {std::pair{-ENOSPC, std::error_code(ENOSPC, std::system_category())}, {0, std::error_code(EIO, std::system_category())}}) {
         gpu_image image;
         image.gpu->on_transfer = [answer = answer](std::size_t, std::size_t) -> std::int64_t { return answer; };
         sink s({.gpu = image.gpu});
@@ -147,7 +148,8 @@ BOOST_AUTO_TEST_CASE(what_cufile_refuses_goes_through_host_memory_and_is_told) {
         BOOST_TEST(holds(image.folder, image.bytes));
         BOOST_TEST(image.gpu->copied_bytes == image.bytes.size());
         if (!is_direct(s)) continue;
-        BOOST_TEST(s.describe().find("through host memory since cuFile refuses (cuFile: GPUDirect Storage not supported on current file)") != std::string::npos,
+        BOOST_TEST(s.describe().find("through host memory since cuFile refuses (cuFile: GPUDirect Storage not supported on current file)") !=
+                       std::string::npos,
                    s.describe());
     }
 }
@@ -195,8 +197,8 @@ BOOST_AUTO_TEST_CASE(a_save_from_device_memory_through_a_pool_of_two_blocks_is_w
     toy_model model(5, varve::block_unit_bytes / 4 + 19);
     auto gpu = std::make_shared<fake_cufile>();
     auto run = [&](auto scheduling, std::uint64_t first_step) {
-        varve::checkpointer<device_staging, decltype(scheduling), sink> ck(model.state(), device_staging(2 * varve::block_unit_bytes, varve::block_unit_bytes),
-                                                                           scheduling, sink({.gpu = gpu}), dir.path());
+        varve::checkpointer<device_staging, decltype(scheduling), sink> ck(
+            model.state(), device_staging(2 * varve::block_unit_bytes, varve::block_unit_bytes), scheduling, sink({.gpu = gpu}), dir.path());
         for (auto step = first_step; step < first_step + 4; ++step) {
             ck.begin(step);
             for (std::size_t l = 0; l < 5; ++l) {
@@ -225,7 +227,8 @@ BOOST_AUTO_TEST_CASE(the_way_is_named) {
     BOOST_TEST(path_text({.pci_p2p = true}) == "compatibility mode (nvidia-fs is not loaded; PCI P2PDMA where kernel and disk have it)");
     BOOST_TEST(path_text({.nvidia_fs = "2.25.7", .device_node = true}) == "nvidia-fs 2.25.7");
     BOOST_TEST(path_text({.nvidia_fs = "2.25.7"}) == "compatibility mode (nvidia-fs 2.25.7 is loaded, but /dev/nvidia-fs0 is not here)");
-    BOOST_TEST(path_text({.nvidia_fs = "2.25.7", .device_node = true, .forced_compat = true}) == "compatibility mode (CUFILE_FORCE_COMPAT_MODE is set)");
+    BOOST_TEST(path_text({.nvidia_fs = "2.25.7", .device_node = true, .forced_compat = true}) ==
+               "compatibility mode (CUFILE_FORCE_COMPAT_MODE is set)");
 }
 
 BOOST_AUTO_TEST_CASE(where_cufile_does_not_start_available_says_why) {

@@ -76,9 +76,8 @@ void never_mixes_steps(Scheduling scheduling) {
     if (!have_gpu()) return;
     user_stream own;
     for (std::size_t pool_blocks : {1, 2, 64})
-        for (std::size_t snapshots : {0, 2})
-            BOOST_TEST_CONTEXT("pool of " << pool_blocks << ", snapshots " << snapshots)
-            never_mixes_steps(scheduling, pool_blocks, snapshots, own.stream, 2ms);
+        for (std::size_t snapshots : {0, 2}) BOOST_TEST_CONTEXT("pool of " << pool_blocks << ", snapshots " << snapshots)
+    never_mixes_steps(scheduling, pool_blocks, snapshots, own.stream, 2ms);
 }
 
 }  // namespace
@@ -200,7 +199,8 @@ BOOST_AUTO_TEST_CASE(a_stream_that_is_captured_is_refused_and_the_capture_goes_o
 BOOST_AUTO_TEST_CASE(a_pool_that_the_gpu_has_no_room_for_says_so_and_leaves_no_error_behind) {
     if (!have_gpu()) return;
     auto too_large = std::size_t{1} << 46;
-    BOOST_CHECK_EXCEPTION(staging(too_large, std::size_t{1} << 30), varve::error, [](auto const& e) { return e.code() == std::errc::not_enough_memory; });
+    BOOST_CHECK_EXCEPTION(staging(too_large, std::size_t{1} << 30), varve::error,
+                          [](auto const& e) { return e.code() == std::errc::not_enough_memory; });
     BOOST_TEST(::cudaPeekAtLastError() == cudaSuccess);
     staging s(3 * block, block, {.snapshots = 1});
     BOOST_TEST(s.describe().find("memory of GPU 0, 3 blocks of 4 MiB") == 0u, s.describe());

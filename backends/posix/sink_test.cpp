@@ -31,7 +31,8 @@ BOOST_AUTO_TEST_CASE(small_buffered_writes_end_inside_the_call) {
     auto here = std::this_thread::get_id();
     std::thread::id there;
     std::byte byte{1};
-    target.write(0, {&byte, 1}, {[](void* to, std::error_code) noexcept { *static_cast<std::thread::id*>(to) = std::this_thread::get_id(); }, &there});
+    target.write(0, {&byte, 1},
+                 {[](void* to, std::error_code) noexcept { *static_cast<std::thread::id*>(to) = std::this_thread::get_id(); }, &there});
     BOOST_TEST((here == there));
 }
 
@@ -43,11 +44,17 @@ BOOST_AUTO_TEST_CASE(a_smaller_image_cuts_the_file_and_content_within_the_size_s
         auto target = sink.open(folder.request(0, bytes.size()));
         BOOST_TEST(!varve_test::write_and_wait(target, 0, bytes.bytes()));
     }
-    { auto target = sink.open(folder.request(0, bytes.size())); }
+    {
+        auto target = sink.open(folder.request(0, bytes.size()));
+    }
     BOOST_TEST(varve_test::holds(folder, bytes));
-    { auto target = sink.open(folder.request(0, 50'000)); }
+    {
+        auto target = sink.open(folder.request(0, 50'000));
+    }
     BOOST_TEST(folder.content(0).size() == 50'000u);
-    { auto target = sink.open(folder.request(0, 0)); }
+    {
+        auto target = sink.open(folder.request(0, 0));
+    }
     BOOST_TEST(folder.content(0).empty());
 }
 

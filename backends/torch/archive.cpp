@@ -232,6 +232,8 @@ void write_archive(state const& s, detail::python_layout const& layout, commit_v
     writer(s, layout, values, device).write(out);
 }
 
-void archive::stream(state const& s, commit_values const& values, byte_stream& out) const { write_archive(s, training_->python(), values, out, device_.get()); }
+void archive::stream(state const& s, commit_values const& values, byte_stream& out) const {
+    write_archive(s, training_->python(), values, out, device_.get());
+}
 
 }  // namespace varve::libtorch

@@ -2,13 +2,13 @@
 
 #include <boost/test/unit_test.hpp>
 
-#include <cstdlib>
 #include <fcntl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+#include <cstdlib>
 #include <optional>
 #include <random>
 #include <string>
-#include <sys/mman.h>
-#include <unistd.h>
 #include <vector>
 
 #include "files.hpp"
@@ -41,7 +41,8 @@ public:
     memory_file& operator=(memory_file const&) = delete;
     int fd() const { return fd_; }
     void put(std::size_t at, std::string_view bytes) {
-        if (::pwrite(fd_, bytes.data(), bytes.size(), static_cast<off_t>(at)) != static_cast<ssize_t>(bytes.size())) throw std::runtime_error("pwrite");
+        if (::pwrite(fd_, bytes.data(), bytes.size(), static_cast<off_t>(at)) != static_cast<ssize_t>(bytes.size()))
+            throw std::runtime_error("pwrite");
     }
 
 private:
@@ -324,10 +325,17 @@ BOOST_AUTO_TEST_CASE(python_reads_every_dtype) {
     } model;
     torch::optim::SGD optimizer(model.parameters(), 0.1);
     training_state training(model, optimizer);
-    std::vector<std::pair<std::string, c10::ScalarType>> const types{{"bool", torch::kBool},   {"uint8", torch::kByte},   {"int8", torch::kChar},
-                                                                     {"int16", torch::kShort}, {"float16", torch::kHalf}, {"bfloat16", torch::kBFloat16},
-                                                                     {"int32", torch::kInt},   {"float32", torch::kFloat}, {"float64", torch::kDouble},
-                                                                     {"int64", torch::kLong},  {"complex64", torch::kComplexFloat}};
+    std::vector<std::pair<std::string, c10::ScalarType>> const types{{"bool", torch::kBool},
+                                                                     {"uint8", torch::kByte},
+                                                                     {"int8", torch::kChar},
+                                                                     {"int16", torch::kShort},
+                                                                     {"float16", torch::kHalf},
+                                                                     {"bfloat16", torch::kBFloat16},
+                                                                     {"int32", torch::kInt},
+                                                                     {"float32", torch::kFloat},
+                                                                     {"float64", torch::kDouble},
+                                                                     {"int64", torch::kLong},
+                                                                     {"complex64", torch::kComplexFloat}};
     for (auto const& [name, type] : types) training.add_user(name, torch::tensor({{1, 0, 1}, {1, 1, 0}}).to(type));
     training.add_user("empty", torch::zeros({0, 3}));
     // LibTorch 1.13 has no such tensors: these are the state's own.

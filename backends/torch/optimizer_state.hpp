@@ -121,9 +121,17 @@ public:
 
     std::vector<python_option> python_options() const override {
         using enum python_option::source;
-        return {{"lr", number},           {"betas", pair},          {"eps", number},        {"weight_decay", number},
-                {"amsgrad", boolean},     {"maximize", always_false}, {"foreach", none},      {"capturable", always_false},
-                {"differentiable", always_false}, {"fused", none},    {"decoupled_weight_decay", decoupled_ ? always_true : always_false}};
+        return {{"lr", number},
+                {"betas", pair},
+                {"eps", number},
+                {"weight_decay", number},
+                {"amsgrad", boolean},
+                {"maximize", always_false},
+                {"foreach", none},
+                {"capturable", always_false},
+                {"differentiable", always_false},
+                {"fused", none},
+                {"decoupled_weight_decay", decoupled_ ? always_true : always_false}};
     }
 
     parameter_state adopt(::at::Tensor const& parameter, std::size_t group) override {
@@ -205,8 +213,9 @@ public:
 
     std::vector<python_option> python_options() const override {
         using enum python_option::source;
-        return {{"lr", number},        {"momentum", number}, {"dampening", number},           {"weight_decay", number}, {"nesterov", boolean},
-                {"maximize", always_false}, {"foreach", none},    {"differentiable", always_false}, {"fused", none}};
+        return {{"lr", number},        {"momentum", number},       {"dampening", number}, {"weight_decay", number},
+                {"nesterov", boolean}, {"maximize", always_false}, {"foreach", none},     {"differentiable", always_false},
+                {"fused", none}};
     }
 
     parameter_state adopt(::at::Tensor const& parameter, std::size_t group) override {

@@ -49,8 +49,8 @@ struct training_state::parts {
         detail::parameter_state state;
         std::int64_t* step = nullptr;
         std::uint8_t* set = nullptr;
-        bool used = false;                   ///< whether the optimizer uses the state's tensors
-        std::size_t first_watched = 0;       ///< in watched_of_optimizer, of as many as the state has tensors
+        bool used = false;                  ///< whether the optimizer uses the state's tensors
+        std::size_t first_watched = 0;      ///< in watched_of_optimizer, of as many as the state has tensors
         std::array<void const*, 2> seen{};  ///< where the optimizer had them when it was last asked; only to be fetched ahead
     };
     template <class T>
@@ -91,7 +91,7 @@ struct training_state::parts {
     std::vector<fixed> parameters;
     std::vector<mirrored> mirrors;
     std::vector<optimized> of_optimizer;
-    std::vector<watched_tensor> watched_of_optimizer;  ///< one after the other's
+    std::vector<watched_tensor> watched_of_optimizer;                                                 ///< one after the other's
     std::vector<std::vector<std::size_t>> parameters_of_layer, mirrors_of_layer, optimized_of_layer;  ///< indices in those above
     std::vector<option> group_options;
     std::vector<bound<std::int64_t>> user_integers;
@@ -186,11 +186,8 @@ void training_state::parts::add_optimizer(varve::state& s) {
             auto const name = it->second.name.substr(6);
             python.parameters.push_back(name);
 
-            optimized o{.parameter = parameter,
-                        .key = detail::state_key(parameter),
-                        .layer = layer,
-                        .group = g,
-                        .state = access->adopt(parameter, g)};
+            optimized o{
+                .parameter = parameter, .key = detail::state_key(parameter), .layer = layer, .group = g, .state = access->adopt(parameter, g)};
             auto& tensors = s.layers[layer].tensors;
             o.first_watched = watched_of_optimizer.size();
             for (auto const& t : o.state.tensors) {

@@ -1,12 +1,12 @@
 #include "ring_sinks.hpp"
 
-#include <cstddef>
 #include <linux/capability.h>
-#include <string>
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#include <cstddef>
+#include <string>
 
 #include "varve/uring/sink.hpp"
 
@@ -38,7 +38,8 @@ public:
           data_(static_cast<std::byte*>(::mmap(nullptr, size_, PROT_READ, MAP_SHARED, fd_.get(), 0))) {
         if (::ftruncate(fd_.get(), static_cast<off_t>(pages_bytes)) != 0) std::abort();
         for (std::size_t i = 0; i < times; ++i)
-            if (::mmap(data_ + i * pages_bytes, pages_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd_.get(), 0) == MAP_FAILED) std::abort();
+            if (::mmap(data_ + i * pages_bytes, pages_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd_.get(), 0) == MAP_FAILED)
+                std::abort();
     }
     thin_memory(thin_memory const&) = delete;
     thin_memory& operator=(thin_memory const&) = delete;

@@ -255,8 +255,8 @@ private:
 
     checkpointer(state& s, Staging staging, Scheduling scheduling, Sink sink, checkpointer_options options, Format format,
                  std::filesystem::path const* folder, bool durable, store_options files = {})
-        : state_(s), staging_(std::move(staging)), sink_(std::move(sink)), format_(std::move(format)), observers_(options.observers), busy_(options.busy),
-          image_bytes_(s.size_bytes()), all_layers_(s.layers.size()) {
+        : state_(s), staging_(std::move(staging)), sink_(std::move(sink)), format_(std::move(format)), observers_(options.observers),
+          busy_(options.busy), image_bytes_(s.size_bytes()), all_layers_(s.layers.size()) {
         std::iota(all_layers_.begin(), all_layers_.end(), std::size_t{0});
         if constexpr (!streams) {
             auto layout = format_.lay_out(s);
@@ -285,7 +285,9 @@ private:
         return true;
     }
 
-    std::span<std::size_t const> layers_from(std::size_t first, std::size_t last) const { return std::span(all_layers_).subspan(first, last - first); }
+    std::span<std::size_t const> layers_from(std::size_t first, std::size_t last) const {
+        return std::span(all_layers_).subspan(first, last - first);
+    }
 
     void wait_for_copies(std::span<std::size_t const> layers, order_type order) {
         if constexpr (!streams) {
@@ -306,8 +308,8 @@ private:
     void refuse_if_announced(std::span<std::size_t const> layers, char const* call) const {
         for (auto layer : layers)
             if (is_announced(layer))
-                throw error(errc::out_of_order, std::string(call) + ": layer " + state_.layers[layer].name + " was announced already in the save of step " +
-                                                    std::to_string(current_->step()));
+                throw error(errc::out_of_order, std::string(call) + ": layer " + state_.layers[layer].name +
+                                                    " was announced already in the save of step " + std::to_string(current_->step()));
     }
 
     void announce(std::span<std::size_t const> layers, order_type order) {

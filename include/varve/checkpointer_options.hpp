@@ -21,8 +21,8 @@ struct checkpointer_options {
     std::size_t writing_at_once = 1;  ///< W: saves that write at the same time, oldest first
     /// How much of one save may be between the tensors and the sink at once, in bytes; rounded up to one block.
     std::uint64_t batch_bytes = std::numeric_limits<std::uint64_t>::max();
-    unsigned digest_workers = 1;                               ///< threads that hash staged blocks
-    std::chrono::milliseconds drain_on_destroy{60'000};        ///< then the destructor cancels what has not begun to write
+    unsigned digest_workers = 1;                         ///< threads that hash staged blocks
+    std::chrono::milliseconds drain_on_destroy{60'000};  ///< then the destructor cancels what has not begun to write
     observer_list observers{};
 };
 

@@ -14,7 +14,20 @@ namespace varve {
 
 /// What happens to a save, in about this order. `skipped`, `replaced` and `failed` end it early. `crash_safe` comes from
 /// relaying sinks alone: elsewhere it would come with `durable`.
-enum class milestone : std::uint8_t { begin, layer_ready, layer_copied, write, staged, written, crash_safe, durable, failed, skipped, replaced, restored };
+enum class milestone : std::uint8_t {
+    begin,
+    layer_ready,
+    layer_copied,
+    write,
+    staged,
+    written,
+    crash_safe,
+    durable,
+    failed,
+    skipped,
+    replaced,
+    restored
+};
 
 inline constexpr std::size_t milestone_count = 12;
 

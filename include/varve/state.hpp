@@ -25,7 +25,7 @@ inline constexpr std::size_t dtype_count = 16;
 
 /// The name that a safetensors header gives the dtype.
 constexpr std::string_view name(dtype type) noexcept {
-    constexpr std::array<std::string_view, dtype_count> names{"BOOL", "U8",   "I8",  "F8_E5M2", "F8_E4M3", "I16", "U16", "F16",
+    constexpr std::array<std::string_view, dtype_count> names{"BOOL", "U8",  "I8",  "F8_E5M2", "F8_E4M3", "I16", "U16", "F16",
                                                               "BF16", "I32", "U32", "F32",     "C64",     "F64", "I64", "U64"};
     return names[static_cast<std::size_t>(type)];
 }

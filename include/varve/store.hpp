@@ -206,7 +206,8 @@ private:
         }
         if (!options_.overwrite) {
             if (!other.empty())
-                throw error(errc::mismatch, path().string() + ": holds checkpoints of another format (" + other + "); give another folder or overwrite it");
+                throw error(errc::mismatch,
+                            path().string() + ": holds checkpoints of another format (" + other + "); give another folder or overwrite it");
             if (options_.fresh && !(found.empty() && broken_.empty()))
                 throw error(errc::mismatch, path().string() + ": holds " + std::to_string(found.size() + broken_.size()) +
                                                 " checkpoints already; continue from them, overwrite them or give another folder");
@@ -267,8 +268,9 @@ private:
     }
 
     std::size_t wanted_slots() const {
-        return options_.in_flight + options_.keep - std::min(options_.keep, static_cast<std::size_t>(std::count_if(
-                                                                                checkpoints_.begin(), checkpoints_.end(), [&](auto const& c) { return !is_kept_for_ever(c); })));
+        return options_.in_flight + options_.keep -
+               std::min(options_.keep, static_cast<std::size_t>(std::count_if(checkpoints_.begin(), checkpoints_.end(),
+                                                                              [&](auto const& c) { return !is_kept_for_ever(c); })));
     }
 
     bool is_kept_for_ever(stored_checkpoint const& c) const { return options_.keep_every != 0 && c.step % options_.keep_every == 0; }

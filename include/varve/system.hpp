@@ -1,15 +1,15 @@
 #pragma once
 
-#include <cerrno>
-#include <cstddef>
-#include <csignal>
-#include <cstdint>
 #include <fcntl.h>
-#include <string>
 #include <sys/file.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
 #include <unistd.h>
+#include <cerrno>
+#include <csignal>
+#include <cstddef>
+#include <cstdint>
+#include <string>
 
 namespace varve {
 

@@ -38,9 +38,7 @@ BOOST_AUTO_TEST_CASE(the_memory_sink_keeps_the_laws) {
                                        [](varve::memory_sink& s, int) { return std::optional(*s.newest()); }});
 }
 
-BOOST_AUTO_TEST_CASE(the_posix_sink_keeps_the_laws) {
-    expect_lawful_files<varve::posix::sink>(varve::posix::sink_options{});
-}
+BOOST_AUTO_TEST_CASE(the_posix_sink_keeps_the_laws) { expect_lawful_files<varve::posix::sink>(varve::posix::sink_options{}); }
 
 BOOST_AUTO_TEST_CASE(the_posix_sink_keeps_the_laws_buffered) {
     expect_lawful_files<varve::posix::sink>(varve::posix::sink_options{.direct = varve::posix::direct_io::never});

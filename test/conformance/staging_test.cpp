@@ -1,7 +1,7 @@
 #include <boost/test/unit_test.hpp>
 
-#include <memory>
 #include <sys/mman.h>
+#include <memory>
 
 #include "varve/conformance/staging.hpp"
 #include "varve/staging/host.hpp"

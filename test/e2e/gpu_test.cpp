@@ -19,7 +19,8 @@ std::vector<std::string> runnable(std::vector<std::string> const& methods) {
     std::vector<std::string> out;
     for (auto const& m : methods) {
         auto const at = list.find("\n" + m + " ");
-        if (at != std::string::npos && list.substr(at + 1, list.find('\n', at + 1) - at).find("cannot run here") == std::string::npos) out.push_back(m);
+        if (at != std::string::npos && list.substr(at + 1, list.find('\n', at + 1) - at).find("cannot run here") == std::string::npos)
+            out.push_back(m);
     }
     return out;
 }
@@ -29,9 +30,9 @@ std::vector<std::string> const documented{"traditional", "traditional-durable", 
 /// Losses are those of `none`, step by step, and what is restored into a fresh model ends with the bits of the run.
 void every_method_is_exact(std::vector<std::string> const& methods, std::vector<std::string> const& more) {
     temporary_folder folder;
-    auto const r = run_tool(joined(joined({"bench", "--device", "cuda", "--output-dir", folder / "results", "--events", folder / "events"},
-                                          joined({"--methods"}, methods)),
-                                   joined({"--num-steps", "40", "--warmup", "2"}, more)));
+    auto const r = run_tool(joined(
+        joined({"bench", "--device", "cuda", "--output-dir", folder / "results", "--events", folder / "events"}, joined({"--methods"}, methods)),
+        joined({"--num-steps", "40", "--warmup", "2"}, more)));
     BOOST_TEST_REQUIRE(r.code == 0, r.err);
     auto const results = the_result(folder / "results").at("results");
     auto const expected = results.at("No Checkpoint").at("final_loss");
@@ -50,8 +51,8 @@ void every_method_is_exact(std::vector<std::string> const& methods, std::vector<
 
 BOOST_AUTO_TEST_CASE(on_a_gpu_every_method_has_the_losses_of_none_and_is_restored_bit_for_bit) {
     if (!have_tool_gpu()) return;
-    auto const methods = joined(documented, runnable({"pinned+sync+posix", "pinned+async+io_uring", "pinned+layerwise+posix", "gds+async+cufile",
-                                                      "gds+layerwise+cufile"}));
+    auto const methods = joined(
+        documented, runnable({"pinned+sync+posix", "pinned+async+io_uring", "pinned+layerwise+posix", "gds+async+cufile", "gds+layerwise+cufile"}));
     BOOST_TEST(methods.size() >= 6u);
     every_method_is_exact(methods, tiny_model({"--checkpoint-freq", "3"}));
 }
@@ -64,9 +65,9 @@ BOOST_AUTO_TEST_CASE(on_a_gpu_without_snapshots_and_with_a_pool_that_is_smaller_
     if (!have_tool_gpu()) return;
     // 126 MB through two blocks of 32 MiB; layerwise through 16 of 4 MiB.
     every_method_is_exact({"original", "layerwise"},
-                          {"--d-model", "256", "--num-layers", "2", "--nhead", "4", "--vocab-size", "20000", "--dim-feedforward", "256", "--num-samples",
-                           "50", "--seq-len", "32", "--batch-size", "4", "--checkpoint-freq", "3", "--gpu-snapshot", "off", "--pool-size-mb", "70",
-                           "--buffer-size-mb", "5"});
+                          {"--d-model",         "256", "--num-layers",   "2",   "--nhead",        "4",  "--vocab-size",     "20000",
+                           "--dim-feedforward", "256", "--num-samples",  "50",  "--seq-len",      "32", "--batch-size",     "4",
+                           "--checkpoint-freq", "3",   "--gpu-snapshot", "off", "--pool-size-mb", "70", "--buffer-size-mb", "5"});
 }
 
 BOOST_AUTO_TEST_CASE(a_checkpoint_of_a_gpu_is_read_by_the_commands_on_files) {

@@ -89,7 +89,8 @@ BOOST_AUTO_TEST_CASE(kills_of_trainer_and_monitor_lose_nothing_over_tcp) {
     std::unique_ptr<running_tool> monitor;
     auto monitor_again = [&] {
         if (monitor && !w.monitors().empty()) return;
-        monitor = std::make_unique<running_tool>(std::vector<std::string>{"monitor", "--dir", w.folder.path().string(), "--tcp", "127.0.0.1:" + port, "--linger", "2"});
+        monitor = std::make_unique<running_tool>(
+            std::vector<std::string>{"monitor", "--dir", w.folder.path().string(), "--tcp", "127.0.0.1:" + port, "--linger", "2"});
         for (int i = 0; i < 500 && run_tool({"monitor", "--status", "--tcp", "127.0.0.1:" + port}).code != 0; ++i) std::this_thread::sleep_for(10ms);
     };
     kill_and_go_on(w, full() ? 40 : 10, {"--monitor", "tcp:127.0.0.1:" + port}, monitor_again);

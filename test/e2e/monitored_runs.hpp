@@ -2,6 +2,8 @@
 
 #include <boost/test/unit_test.hpp>
 
+#include <sys/stat.h>
+#include <unistd.h>
 #include <chrono>
 #include <csignal>
 #include <cstdlib>
@@ -9,9 +11,7 @@
 #include <fstream>
 #include <iterator>
 #include <string>
-#include <sys/stat.h>
 #include <thread>
-#include <unistd.h>
 #include <vector>
 
 #include "support.hpp"
@@ -42,9 +42,33 @@ struct workplace {
     }
 
     std::vector<std::string> train(std::string const& store, std::uint64_t steps, std::vector<std::string> const& more) const {
-        return joined({"train", "--method", "layerwise", "--dir", folder / store, "--events", folder / (store + ".events"), "--num-steps", std::to_string(steps),
-                       "--d-model", "32", "--num-layers", "2", "--nhead", "4", "--vocab-size", "2000", "--dim-feedforward", "64", "--num-samples", "64",
-                       "--seq-len", "16", "--batch-size", "2", "--checkpoint-freq", "1"},
+        return joined({"train",
+                       "--method",
+                       "layerwise",
+                       "--dir",
+                       folder / store,
+                       "--events",
+                       folder / (store + ".events"),
+                       "--num-steps",
+                       std::to_string(steps),
+                       "--d-model",
+                       "32",
+                       "--num-layers",
+                       "2",
+                       "--nhead",
+                       "4",
+                       "--vocab-size",
+                       "2000",
+                       "--dim-feedforward",
+                       "64",
+                       "--num-samples",
+                       "64",
+                       "--seq-len",
+                       "16",
+                       "--batch-size",
+                       "2",
+                       "--checkpoint-freq",
+                       "1"},
                       more);
     }
 
@@ -56,7 +80,8 @@ struct workplace {
             if (pid <= 0) continue;
             std::ifstream in(entry.path() / "cmdline", std::ios::binary);
             std::string const args{std::istreambuf_iterator<char>(in), {}};
-            if (args.find(std::string("\0monitor\0", 9)) != std::string::npos && args.find(folder.path().string()) != std::string::npos) out.push_back(pid);
+            if (args.find(std::string("\0monitor\0", 9)) != std::string::npos && args.find(folder.path().string()) != std::string::npos)
+                out.push_back(pid);
         }
         return out;
     }
@@ -74,7 +99,8 @@ struct workplace {
         auto const size = fs::file_size(folder / (store + ".events"), none);
         return none ? 0 : size;
     }
-    bool comes(std::string const& store, std::string const& event, std::uintmax_t from, std::size_t count, std::chrono::milliseconds limit = 30s) const {
+    bool comes(std::string const& store, std::string const& event, std::uintmax_t from, std::size_t count,
+               std::chrono::milliseconds limit = 30s) const {
         for (auto const until = std::chrono::steady_clock::now() + limit; std::chrono::steady_clock::now() < until; std::this_thread::sleep_for(2ms))
             if (steps(store, event, from).size() >= count) return true;
         return false;

@@ -1,12 +1,12 @@
 #include <boost/test/unit_test.hpp>
 
+#include <sys/stat.h>
+#include <unistd.h>
 #include <algorithm>
 #include <csignal>
 #include <cstdlib>
 #include <fstream>
-#include <sys/stat.h>
 #include <thread>
-#include <unistd.h>
 
 #include "support.hpp"
 #include "tool.hpp"
@@ -50,14 +50,16 @@ private:
     bool set_up() {
         if (run_tool({"monitor", "--help"}).code != 0) return skip_it("the monitor is not built");
         if (!shell("openssl version")) return skip_it("the command openssl is not installed");
-        if (!shell("ip netns add " + host('a')) || !shell("ip netns add " + host('b'))) return skip_it("this machine does not let us make network namespaces");
+        if (!shell("ip netns add " + host('a')) || !shell("ip netns add " + host('b')))
+            return skip_it("this machine does not let us make network namespaces");
         auto const cable = "v" + std::to_string(::getpid() % 100'000);
         if (!shell("ip link add " + cable + "a netns " + host('a') + " type veth peer name " + cable + "b netns " + host('b')))
             return skip_it("this machine does not let us make a pair of virtual interfaces");
         interface_ = cable + "a";
         for (char side : {'a', 'b'}) {
             auto const in = "ip -n " + host(side) + " ";
-            if (!shell(in + "addr add 10.87.0." + (side == 'a' ? "1" : "2") + "/24 dev " + cable + side) || !shell(in + "link set " + cable + side + " up") || !shell(in + "link set lo up"))
+            if (!shell(in + "addr add 10.87.0." + (side == 'a' ? "1" : "2") + "/24 dev " + cable + side) ||
+                !shell(in + "link set " + cable + side + " up") || !shell(in + "link set lo up"))
                 return skip_it("this machine does not let us set up a network");
             // What runs the command there: `ip netns exec` becomes the command, so a signal to it is one to the command.
             auto const script = folder / (std::string("varve-") + side);
@@ -76,7 +78,8 @@ private:
         bool good = shell("openssl req -x509 " + key + "-days 2 -subj /CN=ca -keyout " + at_folder("ca.key") + " -out " + at_folder("ca.pem"));
         for (auto const& [name, address] : {std::pair("trainer", "10.87.0.1"), std::pair("monitor", "10.87.0.2")}) {
             std::ofstream(at_folder("ext")) << "subjectAltName=IP:" << address << "\n";
-            good = good && shell("openssl req " + key + "-subj /CN=x -keyout " + at_folder(std::string(name) + ".key") + " -out " + at_folder("csr")) &&
+            good = good &&
+                   shell("openssl req " + key + "-subj /CN=x -keyout " + at_folder(std::string(name) + ".key") + " -out " + at_folder("csr")) &&
                    shell("openssl x509 -req -in " + at_folder("csr") + " -CA " + at_folder("ca.pem") + " -CAkey " + at_folder("ca.key") +
                          " -CAcreateserial -days 2 -extfile " + at_folder("ext") + " -out " + at_folder(std::string(name) + ".pem"));
         }
@@ -88,8 +91,33 @@ private:
 };
 
 std::vector<std::string> train(two_hosts const& hosts, std::string const& store, std::uint64_t steps, std::vector<std::string> const& more) {
-    return joined({"train", "--method", "layerwise", "--dir", store, "--events", hosts.folder / "events", "--num-steps", std::to_string(steps), "--d-model", "32", "--num-layers",
-                   "2", "--nhead", "4", "--vocab-size", "2000", "--dim-feedforward", "64", "--num-samples", "64", "--seq-len", "16", "--batch-size", "2", "--checkpoint-freq", "1"},
+    return joined({"train",
+                   "--method",
+                   "layerwise",
+                   "--dir",
+                   store,
+                   "--events",
+                   hosts.folder / "events",
+                   "--num-steps",
+                   std::to_string(steps),
+                   "--d-model",
+                   "32",
+                   "--num-layers",
+                   "2",
+                   "--nhead",
+                   "4",
+                   "--vocab-size",
+                   "2000",
+                   "--dim-feedforward",
+                   "64",
+                   "--num-samples",
+                   "64",
+                   "--seq-len",
+                   "16",
+                   "--batch-size",
+                   "2",
+                   "--checkpoint-freq",
+                   "1"},
                   more);
 }
 
@@ -153,7 +181,8 @@ BOOST_AUTO_TEST_CASE(a_dropped_link_to_the_peer_disturbs_no_run_and_a_lost_host_
     running_tool peer(joined({"monitor", "--dir", hosts.folder / "stores", "--tcp", "10.87.0.2:7000"}, hosts.certificate("monitor")));
     hosts.at('a');
     auto const socket = hosts.folder / "s";
-    auto const local = joined({"monitor", "--dir", hosts.folder / "local", "--unix", socket, "--peer", "10.87.0.2:7000"}, hosts.certificate("trainer"));
+    auto const local =
+        joined({"monitor", "--dir", hosts.folder / "local", "--unix", socket, "--peer", "10.87.0.2:7000"}, hosts.certificate("trainer"));
     auto copy = [&] {
         auto const r = run_tool({"monitor", "--status", "--json", "--unix", socket});
         auto const s = r.code == 0 ? nlohmann::json::parse(r.out) : nlohmann::json{};
@@ -222,9 +251,10 @@ BOOST_AUTO_TEST_CASE(without_a_certificate_of_the_authority_nobody_gets_in) {
     BOOST_TEST(plain.code == 1);
     BOOST_TEST(plain.err.find("--cert") != std::string::npos, plain.err);
     // One that signed its own.
-    BOOST_TEST_REQUIRE(shell("openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=self -keyout " + (hosts.folder / "self.key") + " -out " +
-                             (hosts.folder / "self.pem")));
-    auto const self = run_tool({"monitor", "--status", "--tcp", "10.87.0.2:7000", "--cert", hosts.folder / "self.pem", "--key", hosts.folder / "self.key", "--ca", hosts.folder / "ca.pem"});
+    BOOST_TEST_REQUIRE(shell("openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=self -keyout " +
+                             (hosts.folder / "self.key") + " -out " + (hosts.folder / "self.pem")));
+    auto const self = run_tool({"monitor", "--status", "--tcp", "10.87.0.2:7000", "--cert", hosts.folder / "self.pem", "--key",
+                                hosts.folder / "self.key", "--ca", hosts.folder / "ca.pem"});
     BOOST_TEST(self.code == 1);
     BOOST_TEST(line_count(self.err) == 1u, self.err);
     monitor.signal(SIGTERM);

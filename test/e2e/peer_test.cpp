@@ -17,11 +17,13 @@ struct two_hosts {
     two_hosts() { start_there(); }
 
     void start_there() {
-        there = std::make_unique<running_tool>(std::vector<std::string>{"monitor", "--dir", w.folder / "there", "--tcp", "127.0.0.1:" + port, "--linger", "1"});
+        there = std::make_unique<running_tool>(
+            std::vector<std::string>{"monitor", "--dir", w.folder / "there", "--tcp", "127.0.0.1:" + port, "--linger", "1"});
         BOOST_TEST_REQUIRE(answers({"--tcp", "127.0.0.1:" + port}));
     }
     void start_here() {
-        here = std::make_unique<running_tool>(std::vector<std::string>{"monitor", "--dir", w.folder / "here", "--unix", socket, "--peer", "127.0.0.1:" + port, "--linger", "1"});
+        here = std::make_unique<running_tool>(
+            std::vector<std::string>{"monitor", "--dir", w.folder / "here", "--unix", socket, "--peer", "127.0.0.1:" + port, "--linger", "1"});
         BOOST_TEST_REQUIRE(answers({"--unix", socket}));
     }
     static void kill(std::unique_ptr<running_tool>& monitor) {

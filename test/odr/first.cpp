@@ -6,6 +6,4 @@ namespace odr {
 int second();
 }
 
-int main() {
-  std::printf("%d passed, 0 failed, 0 skipped\n", odr::second());
-}
+int main() { std::printf("%d passed, 0 failed, 0 skipped\n", odr::second()); }

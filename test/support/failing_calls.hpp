@@ -15,10 +15,10 @@ class failing_calls : public varve::system_calls {
 public:
     using write_hook = std::function<ssize_t(std::size_t call, std::size_t size)>;
 
-    write_hook on_write;                  ///< of pwrite and ring_write, which are counted together from 0
-    std::function<int(int)> on_sync;      ///< errno of the n-th fdatasync, or 0
-    std::function<int(int)> on_open;      ///< errno for these flags, or 0
-    int truncate_error = 0;               ///< errno of every ftruncate, or 0
+    write_hook on_write;              ///< of pwrite and ring_write, which are counted together from 0
+    std::function<int(int)> on_sync;  ///< errno of the n-th fdatasync, or 0
+    std::function<int(int)> on_open;  ///< errno for these flags, or 0
+    int truncate_error = 0;           ///< errno of every ftruncate, or 0
     std::atomic<std::size_t> writes{0}, syncs{0}, opened{0}, closed{0};
 
     int openat(int folder, char const* name, int flags, mode_t mode) override {

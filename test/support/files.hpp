@@ -1,15 +1,15 @@
 #pragma once
 
+#include <fcntl.h>
+#include <unistd.h>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
-#include <fcntl.h>
 #include <filesystem>
 #include <span>
 #include <stdexcept>
 #include <string>
 #include <string_view>
-#include <unistd.h>
 #include <vector>
 
 #include "varve/format/safetensors.hpp"
@@ -66,7 +66,8 @@ inline varve::file_descriptor open_file(std::filesystem::path const& path) {
 }
 
 /// The checkpoint of a state in host memory, as the bytes of its file.
-inline std::string checkpoint_bytes(varve::state const& s, varve::commit_values const& values, varve::safetensors const& format = varve::safetensors{}) {
+inline std::string checkpoint_bytes(varve::state const& s, varve::commit_values const& values,
+                                    varve::safetensors const& format = varve::safetensors{}) {
     auto img = format.lay_out(s);
     std::string out(img.size_bytes, '\0');
     auto* bytes = reinterpret_cast<std::byte*>(out.data());

@@ -2,10 +2,10 @@
 
 #include <boost/test/unit_test.hpp>
 
-#include <cstdint>
 #include <netinet/in.h>
 #include <sys/socket.h>
 #include <unistd.h>
+#include <cstdint>
 
 namespace varve_test {
 

@@ -22,13 +22,13 @@ bool skip_asked = false;
 
 class counter : public ut::test_observer {
 public:
-    void test_unit_start(const ut::test_unit&) override { skip_asked = false; }
+    void test_unit_start(ut::test_unit const&) override { skip_asked = false; }
 
-    void test_unit_finish(const ut::test_unit& unit, unsigned long) override {
+    void test_unit_finish(ut::test_unit const& unit, unsigned long) override {
         if (unit.p_type != ut::TUT_CASE) {
             return;
         }
-        const auto& result = ut::results_collector.results(unit.p_id);
+        auto const& result = ut::results_collector.results(unit.p_id);
         if (!result.passed()) {
             ++failed;
         } else if (skip_asked) {
@@ -39,7 +39,7 @@ public:
         skip_asked = false;
     }
 
-    void test_unit_skipped(const ut::test_unit& unit, ut::const_string reason) override {
+    void test_unit_skipped(ut::test_unit const& unit, ut::const_string reason) override {
         std::fprintf(stderr, "skipped: %s: %.*s\n", unit.full_name().c_str(), static_cast<int>(reason.size()), reason.begin());
         ut::test_case_counter cases;
         ut::traverse_test_tree(unit, cases, true);
@@ -64,18 +64,17 @@ bool init() {
 }  // namespace
 
 void varve_test::skip(std::string_view why) {
-    std::fprintf(stderr, "skipped: %s: %.*s\n", ut::framework::current_test_case().full_name().c_str(), static_cast<int>(why.size()),
-                              why.data());
+    std::fprintf(stderr, "skipped: %s: %.*s\n", ut::framework::current_test_case().full_name().c_str(), static_cast<int>(why.size()), why.data());
     skip_asked = true;
 }
 
 bool varve_test::full() {
-    const char* value = std::getenv("VARVE_TEST_FULL");
+    char const* value = std::getenv("VARVE_TEST_FULL");
     return value != nullptr && *value != '\0' && *value != '0';
 }
 
 int main(int argc, char** argv) {
-    const int status = ut::unit_test_main(&init, argc, argv);
+    int const status = ut::unit_test_main(&init, argc, argv);
     std::printf("%lu passed, %lu failed, %lu skipped\n", the_counter.passed, the_counter.failed, the_counter.skipped);
     if (status == 0 && the_counter.passed == 0 && the_counter.skipped > 0) {
         return 77;

@@ -1,10 +1,10 @@
 #pragma once
 
+#include <fcntl.h>
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
-#include <array>
-#include <fcntl.h>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -112,7 +112,8 @@ public:
         for (std::size_t l = 0; l < layers; ++l) {
             varve::layer layer{"layer" + std::to_string(l), {}};
             values_.push_back(std::vector<float>(floats));
-            layer.tensors.push_back({"model.l" + std::to_string(l) + ".weight", varve::dtype::F32, {static_cast<std::int64_t>(floats)}, values_.back().data(), {}});
+            layer.tensors.push_back(
+                {"model.l" + std::to_string(l) + ".weight", varve::dtype::F32, {static_cast<std::int64_t>(floats)}, values_.back().data(), {}});
             if (odd) {
                 odd_.push_back(std::make_unique<std::array<std::uint8_t, 5>>());
                 layer.tensors.push_back({"model.l" + std::to_string(l) + ".odd", varve::dtype::U8, {5}, odd_.back()->data(), {}});

@@ -1,7 +1,5 @@
 #pragma once
 
-#include <cstddef>
-#include <iterator>
 #include <linux/audit.h>
 #include <linux/filter.h>
 #include <linux/seccomp.h>
@@ -10,6 +8,8 @@
 #include <sys/types.h>
 #include <sys/wait.h>
 #include <unistd.h>
+#include <cstddef>
+#include <iterator>
 
 namespace varve_test {
 

@@ -66,7 +66,7 @@ public:
     std::size_t writes = 0;
 
 private:
-    void answer(std::size_t n, varve::completion save::*which, std::error_code ec) {
+    void answer(std::size_t n, varve::completion save::* which, std::error_code ec) {
         std::lock_guard lock(mutex);
         if (!saves.at(n)->gone) ((*saves.at(n)).*which)(ec);
     }

@@ -99,7 +99,9 @@ public:
             scratch_folder folder;
             failing_calls calls;
             std::atomic<bool> broken = true;
-            calls.on_write = [&](std::size_t n, std::size_t size) { return broken && n == 1 ? -static_cast<ssize_t>(why) : static_cast<ssize_t>(size); };
+            calls.on_write = [&](std::size_t n, std::size_t size) {
+                return broken && n == 1 ? -static_cast<ssize_t>(why) : static_cast<ssize_t>(size);
+            };
             auto bytes = some_bytes((2u << 20) + 9);
             auto sink = make_(calls);
             auto target = sink.open(folder.request(0, bytes.size()));
@@ -202,7 +204,9 @@ public:
         {
             auto sink = make_(calls);
             auto before = open_descriptors();
-            for (int i = 0; i < 1000; ++i) { auto target = sink.open(folder.request(i % 2, 1u << 20)); }
+            for (int i = 0; i < 1000; ++i) {
+                auto target = sink.open(folder.request(i % 2, 1u << 20));
+            }
             BOOST_TEST(open_descriptors() == before);
             BOOST_TEST(calls.opened == calls.closed);
         }
@@ -255,11 +259,12 @@ public:
             std::error_code error{};
         } a;
         std::thread([&] {
-            target.write(0, {bytes.data(), bytes.size()}, {[](void* to, std::error_code e) noexcept {
-                                                               static_cast<answer*>(to)->error = e;
-                                                               static_cast<answer*>(to)->came.release();
-                                                           },
-                                                           &a});
+            target.write(0, {bytes.data(), bytes.size()},
+                         {[](void* to, std::error_code e) noexcept {
+                              static_cast<answer*>(to)->error = e;
+                              static_cast<answer*>(to)->came.release();
+                          },
+                          &a});
         }).join();
         a.came.acquire();
         BOOST_TEST(!a.error);

@@ -77,7 +77,8 @@ void never_mixes_steps(Scheduling scheduling, std::size_t pool_blocks, std::size
     options.writing_at_once = writing_at_once;
     std::uint64_t const steps = varve_test::full() ? 60 : 12;
     {
-        checkpointer<Scheduling> ck(model.state(), {pool_blocks * block, block}, scheduling, plain_file_sink(control), dir.path(), quick_store(1000), options);
+        checkpointer<Scheduling> ck(model.state(), {pool_blocks * block, block}, scheduling, plain_file_sink(control), dir.path(), quick_store(1000),
+                                    options);
         for (std::uint64_t step = 1; step <= steps; ++step) train_step(ck, model, step, step % 3 != 0);
     }
     checkpointer<Scheduling> ck(model.state(), {pool_blocks * block, block}, scheduling, plain_file_sink(control), dir.path(), quick_store(1000));

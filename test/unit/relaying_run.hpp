@@ -41,8 +41,9 @@ template <class Scheduling = varve::async<2>>
 struct run {
     explicit run(varve::checkpointer_options options = {}, std::size_t pool_blocks = 8, Scheduling scheduling = {},
                  std::shared_ptr<receiver> to = std::make_shared<receiver>())
-        : other(std::move(to)), model(2, floats_per_block), checkpointer(std::in_place, model.state(), varve::host_staging(pool_blocks * block, block), scheduling,
-                                                                         receiving_sink(other), (options.observers.add(seen), options)) {}
+        : other(std::move(to)), model(2, floats_per_block),
+          checkpointer(std::in_place, model.state(), varve::host_staging(pool_blocks * block, block), scheduling, receiving_sink(other),
+                       (options.observers.add(seen), options)) {}
 
     varve::ticket save(std::uint64_t step) {
         checkpointer->before_update();

@@ -247,7 +247,8 @@ BOOST_AUTO_TEST_CASE(a_restore_takes_the_newest_that_is_whole) {
     std::size_t asked = 0;
     r.other->on_fetch = [&](std::optional<std::uint64_t> step, std::uint32_t skip) -> std::optional<varve::fetched_checkpoint> {
         ++asked;
-        if (step && *step == 6) return skip == 0 ? std::optional(varve::fetched_checkpoint{open_file(dir.path() / "broken"), 6, 6, "broken"}) : std::nullopt;
+        if (step && *step == 6)
+            return skip == 0 ? std::optional(varve::fetched_checkpoint{open_file(dir.path() / "broken"), 6, 6, "broken"}) : std::nullopt;
         if (step && *step != 5) return std::nullopt;
         if (step || skip == 1) return varve::fetched_checkpoint{open_file(dir.path() / "good"), 5, 5, "good"};
         if (skip > 1) return std::nullopt;

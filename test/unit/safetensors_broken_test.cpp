@@ -89,8 +89,7 @@ BOOST_AUTO_TEST_CASE(what_the_format_allows_is_read) {
     BOOST_TEST(read(R"({"__metadata__":{}})", "").metadata.empty());
     BOOST_TEST(read(R"({"s":{"dtype":"F32","shape":[],"data_offsets":[0,4]}})", "1234").tensors[0].shape.empty());
     BOOST_TEST(read(R"({"e":{"dtype":"F32","shape":[0,3],"data_offsets":[0,0]}})", "").tensors[0].end == 0u);
-    auto two = read(R"( {"b":{"data_offsets":[1,2],"shape":[1],"dtype":"U8"},"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}})"
-                    + 1, "12");
+    auto two = read(R"( {"b":{"data_offsets":[1,2],"shape":[1],"dtype":"U8"},"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}})" + 1, "12");
     BOOST_TEST(two.tensors[0].name == "a");
     BOOST_TEST(two.tensors[1].name == "b");
     auto escaped = read(R"({"__metadata__":{"k\n":"é"},"a\u0000\\":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}})", "");

@@ -3,9 +3,9 @@
 
 #include <boost/test/unit_test.hpp>
 
-#include <fstream>
 #include <sys/resource.h>
 #include <sys/wait.h>
+#include <fstream>
 
 #include "varve/format/safetensors.hpp"
 
@@ -87,9 +87,7 @@ BOOST_AUTO_TEST_CASE(a_refused_file_costs_no_more_memory_than_its_size_plus_a_co
         while (s.size() < 1000) s += "1,";
         return s;
     }();
-    auto tensor = [](std::uint64_t i) {
-        return (i > 0 ? ",\"" : "\"") + std::to_string(i) + R"(":{"dtype":"U8","shape":[0],"data_offsets":[0,0]})";
-    };
+    auto tensor = [](std::uint64_t i) { return (i > 0 ? ",\"" : "\"") + std::to_string(i) + R"(":{"dtype":"U8","shape":[0],"data_offsets":[0,0]})"; };
     auto pair = [](std::uint64_t i) { return (i > 0 ? ",\"" : "\"") + std::to_string(i) + "\":\"\""; };
 
     expect_bounded("whole tensors without digests", write_hostile(path, size, "{", tensor, "}"));

@@ -12,7 +12,6 @@ namespace {
 using namespace varve_test;
 using varve::dtype;
 
-
 }  // namespace
 
 BOOST_AUTO_TEST_SUITE(safetensors_python)

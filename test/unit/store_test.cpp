@@ -1,5 +1,6 @@
 #include <boost/test/unit_test.hpp>
 
+#include <sys/mman.h>
 #include <algorithm>
 #include <array>
 #include <cstring>
@@ -7,7 +8,6 @@
 #include <fstream>
 #include <functional>
 #include <map>
-#include <sys/mman.h>
 #include <vector>
 
 #include <varve/checkpointer.hpp>
@@ -225,7 +225,9 @@ BOOST_AUTO_TEST_CASE(a_symbolic_link_is_let_go_and_its_file_is_not_touched) {
 
 BOOST_AUTO_TEST_CASE(what_only_looks_like_a_checkpoint_stops_nothing) {
     temporary_folder dir;
-    { run r(dir.path()); }
+    {
+        run r(dir.path());
+    }
     std::ofstream(dir.path() / "step-000000000001.safetensors.bak") << "copy";
     BOOST_TEST(::mkfifo((dir.path() / name_of(7)).c_str(), 0600) == 0);
     BOOST_TEST(::mkfifo((dir.path() / ".partial-7").c_str(), 0600) == 0);
@@ -250,8 +252,12 @@ BOOST_AUTO_TEST_CASE(somebody_elses_folder_is_refused_and_untouched) {
 
 BOOST_AUTO_TEST_CASE(a_mark_that_a_crash_left_empty_is_written_again) {
     temporary_folder dir;
-    { std::ofstream mark(dir.path() / ".varve"); }
-    { run r(dir.path()); }
+    {
+        std::ofstream mark(dir.path() / ".varve");
+    }
+    {
+        run r(dir.path());
+    }
     BOOST_TEST(fs::file_size(dir.path() / ".varve") > 0u);
 }
 

@@ -58,12 +58,13 @@ void dialogue::wait(bool const& done, deadline until) {
 void dialogue::send_bytes(std::span<std::byte const> bytes, deadline until, std::vector<int> descriptors) {
     bool done = false;
     std::error_code failed;
-    stream_->write(std::array{bytes},
-                   [&](std::error_code ec, std::size_t) {
-                       failed = ec;
-                       done = true;
-                   },
-                   std::move(descriptors));
+    stream_->write(
+        std::array{bytes},
+        [&](std::error_code ec, std::size_t) {
+            failed = ec;
+            done = true;
+        },
+        std::move(descriptors));
     wait(done, until);
     if (!failed) return;
     // A monitor that refuses says so before it ends the connection, and that is what to tell.

@@ -19,7 +19,9 @@ monitor_sink::target_type::~target_type() {
     if (save_) save_->detach();
 }
 
-void monitor_sink::target_type::write(std::uint64_t offset_bytes, block const& b, completion done) noexcept { save_->write(offset_bytes, b, done, {}); }
+void monitor_sink::target_type::write(std::uint64_t offset_bytes, block const& b, completion done) noexcept {
+    save_->write(offset_bytes, b, done, {});
+}
 void monitor_sink::target_type::write(std::uint64_t offset_bytes, block const& b, completion done, loan kept) noexcept {
     save_->write(offset_bytes, b, done, std::move(kept));
 }

@@ -114,12 +114,13 @@ std::shared_ptr<session> relay::greet(std::unique_ptr<dialogue> open) {
     open->send(hello_, clock::now() + options_.connect_limit, std::move(descriptors));
     auto const greeting = open->expect<wire::welcome>(until);
     if (greeting.version != wire::version)
-        throw error(errc::unsupported, "the monitor at " + where_.text() + " speaks version " + std::to_string(greeting.version) + " of the protocol, not " +
-                                           std::to_string(wire::version));
+        throw error(errc::unsupported, "the monitor at " + where_.text() + " speaks version " + std::to_string(greeting.version) +
+                                           " of the protocol, not " + std::to_string(wire::version));
     if (!by_reference_) {
         auto const most = std::min<std::uint64_t>({hello_.block_bytes, wire::most_data_bytes, greeting.credit_bytes});
         settings.piece_bytes = static_cast<std::size_t>(most / digest_chunk_bytes * digest_chunk_bytes);
-        if (settings.piece_bytes == 0) throw error(std::make_error_code(std::errc::not_enough_memory), "the monitor at " + where_.text() + " takes no bytes");
+        if (settings.piece_bytes == 0)
+            throw error(std::make_error_code(std::errc::not_enough_memory), "the monitor at " + where_.text() + " takes no bytes");
     }
     return std::make_shared<session>(std::move(open), greeting, std::move(settings));
 }
@@ -282,7 +283,8 @@ void relay::receive_image(dialogue& from, wire::image const& about, int into) {
 
 std::string relay::describe() const {
     return "monitor at " + where_.text() +
-           (by_reference_ ? ", blocks by reference: " + std::to_string(options_.pool->regions().size()) + " regions of shared memory" : ", blocks are sent") +
+           (by_reference_ ? ", blocks by reference: " + std::to_string(options_.pool->regions().size()) + " regions of shared memory"
+                          : ", blocks are sent") +
            (options_.tls ? ", TLS" : "");
 }
 

@@ -28,7 +28,8 @@ void relayed_save::write(std::uint64_t offset_bytes, block const& b, completion 
     session_->write(id_, offset_bytes, b, done, std::move(kept));
 }
 
-void relayed_save::hand_over(commit_values const& values, std::span<std::uint64_t const> chunk_digests, completion crash_safe, completion durable) noexcept {
+void relayed_save::hand_over(commit_values const& values, std::span<std::uint64_t const> chunk_digests, completion crash_safe,
+                             completion durable) noexcept {
     {
         std::lock_guard lock(mutex_);
         on_safe_ = crash_safe;
@@ -121,7 +122,8 @@ void session::await_end(std::chrono::milliseconds limit) noexcept try {
             if (ec && left_open_) ended_by_monitor_ = true;
         });
     dialogue_->context().restart();
-    for (auto const until = clock::now() + limit; awaiting_ && dialogue_->context().run_one_until(until) > 0;) {}
+    for (auto const until = clock::now() + limit; awaiting_ && dialogue_->context().run_one_until(until) > 0;) {
+    }
 } catch (std::exception const&) {
     std::this_thread::sleep_for(limit);
 }

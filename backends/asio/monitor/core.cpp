@@ -3,9 +3,9 @@
 #include <boost/asio/post.hpp>
 #include <boost/asio/strand.hpp>
 
+#include <unistd.h>
 #include <algorithm>
 #include <thread>
-#include <unistd.h>
 
 #include "varve/detail/text.hpp"
 
@@ -27,7 +27,9 @@ std::string megabytes(std::uint64_t bytes) { return std::to_string((bytes + 999'
 
 }  // namespace
 
-core::core(monitor_options options) : options_(std::move(options)), work_(context_.get_executor()), first_trainer_(context_), farewell_(context_), budget_(options_.memory_limit_bytes) {}
+core::core(monitor_options options)
+    : options_(std::move(options)), work_(context_.get_executor()), first_trainer_(context_), farewell_(context_),
+      budget_(options_.memory_limit_bytes) {}
 core::~core() = default;
 
 void core::listen() {
@@ -156,7 +158,8 @@ std::filesystem::path core::path_of(std::string const& store, bool over_network)
     if (store.empty() || control || !varve::detail::is_utf8(store)) return refuse("has no name that a folder can have");
     if (!over_network && store.front() == '/') return std::filesystem::weakly_canonical(store);
     if (store.find('/') != std::string::npos || store == "." || store == ".." || store.size() > most_name_bytes)
-        return refuse(over_network ? "must be a name below the monitor's --dir: no path" : "must be an absolute path, or a name below the monitor's --dir");
+        return refuse(over_network ? "must be a name below the monitor's --dir: no path"
+                                   : "must be an absolute path, or a name below the monitor's --dir");
     return std::filesystem::weakly_canonical(options_.dir / store);
 }
 
@@ -168,7 +171,8 @@ void core::attach(wire::hello hello, std::vector<file_descriptor> regions, bool 
     if (stopping_) throw error(errc::cancelled, "the monitor is ending");
     if (auto it = stores_.find(path); it != stores_.end()) {
         bool const busy = it->second->has_trainer();
-        if (!busy || hello.purpose == wire::purpose::trainer) return wait_for_store(path, busy, std::move(hello), std::move(regions), over_network, std::move(call));
+        if (!busy || hello.purpose == wire::purpose::trainer)
+            return wait_for_store(path, busy, std::move(hello), std::move(regions), over_network, std::move(call));
     }
     if (hello.purpose == wire::purpose::trainer) return attach_trainer(path, std::move(hello), std::move(regions), std::move(call));
     wire::welcome answer;
@@ -178,7 +182,8 @@ void core::attach(wire::hello hello, std::vector<file_descriptor> regions, bool 
 
 /// With the mutex held. What the last trainer left is being written: then it can be fetched, or added to. Where it is not seen to
 /// have gone, its connection gets a moment to end: a killed trainer's may come after the next one's beginning.
-void core::wait_for_store(std::filesystem::path const& path, bool busy, wire::hello hello, std::vector<file_descriptor> regions, bool over_network, attached call) {
+void core::wait_for_store(std::filesystem::path const& path, bool busy, wire::hello hello, std::vector<file_descriptor> regions, bool over_network,
+                          attached call) {
     auto const id = ++last_waiting_;
     auto again = [self = shared_from_this(), hello = std::make_shared<wire::hello>(std::move(hello)),
                   regions = std::make_shared<std::vector<file_descriptor>>(std::move(regions)), over_network, call] {
@@ -188,7 +193,8 @@ void core::wait_for_store(std::filesystem::path const& path, bool busy, wire::he
         } catch (error const& e) {
             call.refused(e);
         } catch (std::exception const& e) {
-            call.refused(error(std::make_error_code(std::errc::not_enough_memory), std::string("the monitor cannot go on with this connection: ") + e.what()));
+            call.refused(
+                error(std::make_error_code(std::errc::not_enough_memory), std::string("the monitor cannot go on with this connection: ") + e.what()));
         }
     };
     waiting_.push_back({path, id, std::move(again)});
@@ -262,7 +268,8 @@ void core::attach_trainer(std::filesystem::path const& path, wire::hello hello, 
     hooks.log = [self = weak_from_this()](std::string const& line) {
         if (auto core = self.lock()) core->log(line);
     };
-    auto store = std::make_shared<held_store>(path, std::move(hello), std::move(regions), std::move(lease), options_.writes_at_once, *options_.calls, std::move(hooks));
+    auto store = std::make_shared<held_store>(path, std::move(hello), std::move(regions), std::move(lease), options_.writes_at_once, *options_.calls,
+                                              std::move(hooks));
     stores_.emplace(path, std::move(store));
     had_trainer_ = true;
     first_trainer_.cancel();
@@ -294,12 +301,13 @@ memory_budget::lease core::take_memory(std::filesystem::path const& path, wire::
     auto lease = budget_.take(std::clamp(free - std::min(beside, free), least, most));
     if (!lease)
         throw error(std::make_error_code(std::errc::not_enough_memory),
-                    "the trainer's pool of " + megabytes(least) + " is more than the monitor may hold: " + megabytes(budget_.limit_bytes()) + ", of which " +
-                        megabytes(budget_.used_bytes()) + " are in use; raise --memory-mb or take a smaller pool");
+                    "the trainer's pool of " + megabytes(least) + " is more than the monitor may hold: " + megabytes(budget_.limit_bytes()) +
+                        ", of which " + megabytes(budget_.used_bytes()) + " are in use; raise --memory-mb or take a smaller pool");
     return std::move(*lease);
 }
 
-void core::store_opened(std::filesystem::path const& path, std::shared_ptr<held_store> const& store, opened_store const& found, bool fresh, attached const& call) {
+void core::store_opened(std::filesystem::path const& path, std::shared_ptr<held_store> const& store, opened_store const& found, bool fresh,
+                        attached const& call) {
     if (!store) return;
     wire::welcome w;
     w.durable_step = found.durable_step;
@@ -339,7 +347,8 @@ void core::replicate(std::filesystem::path const& path, wire::hello const& run, 
     auto& copy = replicas_[path];
     if (copy) copy->cancel();
     s.after = std::move(copy);
-    copy = std::make_shared<replica>(std::move(s), found.durable_step > 0 ? std::optional(local_checkpoint{found.durable_step, found.durable_sequence}) : std::nullopt);
+    copy = std::make_shared<replica>(
+        std::move(s), found.durable_step > 0 ? std::optional(local_checkpoint{found.durable_step, found.durable_sequence}) : std::nullopt);
 }
 
 void core::detach(std::shared_ptr<held_store> const& store, bool farewell) {

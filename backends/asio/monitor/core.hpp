@@ -90,11 +90,13 @@ private:
 
     std::filesystem::path path_of(std::string const& store, bool over_network) const;
     void accept(std::size_t listener);
-    void wait_for_store(std::filesystem::path const& path, bool busy, wire::hello hello, std::vector<file_descriptor> regions, bool over_network, attached call);
+    void wait_for_store(std::filesystem::path const& path, bool busy, wire::hello hello, std::vector<file_descriptor> regions, bool over_network,
+                        attached call);
     void attach_trainer(std::filesystem::path const& path, wire::hello hello, std::vector<file_descriptor> regions, attached call);
     void make_room(std::filesystem::path const& path, std::uint64_t bytes);
     memory_budget::lease take_memory(std::filesystem::path const& path, wire::hello const& hello);
-    void store_opened(std::filesystem::path const& path, std::shared_ptr<held_store> const& store, opened_store const& found, bool fresh, attached const& call);
+    void store_opened(std::filesystem::path const& path, std::shared_ptr<held_store> const& store, opened_store const& found, bool fresh,
+                      attached const& call);
     void replicate(std::filesystem::path const& path, wire::hello const& run, opened_store const& found);
     std::optional<found_image> find_here(std::filesystem::path const& path, held_store const* held, wire::fetch const& what);
     std::vector<std::uint64_t> steps_here(std::filesystem::path const& path, held_store const* held);
@@ -116,7 +118,7 @@ private:
     std::map<std::filesystem::path, std::shared_ptr<held_store>> stores_;
     std::map<std::filesystem::path, lingering> lingering_;
     std::map<std::filesystem::path, std::shared_ptr<replica>> replicas_;  ///< of stores that have been open, with a peer
-    std::set<client::relay*> asking_;  ///< the peer, for somebody
+    std::set<client::relay*> asking_;                                     ///< the peer, for somebody
     std::vector<waiting> waiting_;
     std::uint64_t last_waiting_ = 0;
     bool stopping_ = false, had_trainer_ = false;

@@ -1,11 +1,11 @@
 #include "core.hpp"
 
-#include <algorithm>
-#include <cerrno>
 #include <fcntl.h>
-#include <nlohmann/json.hpp>
 #include <sys/stat.h>
 #include <unistd.h>
+#include <algorithm>
+#include <cerrno>
+#include <nlohmann/json.hpp>
 
 #include "varve/detail/store_folder.hpp"
 #include "varve/detail/text.hpp"
@@ -48,11 +48,12 @@ std::vector<stored_checkpoint> checkpoints_in(std::filesystem::path const& folde
 }
 
 /// The checkpoint on disk that comes after `skip` newer ones, of that step where one is given. Throws as checkpoints_in does.
-std::optional<found_image> find_on_disk(std::filesystem::path const& folder, held_store const* held, std::optional<std::uint64_t> step, std::uint32_t skip) {
+std::optional<found_image> find_on_disk(std::filesystem::path const& folder, held_store const* held, std::optional<std::uint64_t> step,
+                                        std::uint32_t skip) {
     for (auto const& c : held ? held->checkpoints() : checkpoints_in(folder)) {
         if ((step && c.step != *step) || skip-- != 0) continue;
         auto fd = open_to_read(folder / c.name);
-        struct stat info {};
+        struct stat info{};
         if (!fd || ::fstat(fd.get(), &info) != 0) throw_if(last_system_error(errno), (folder / c.name).string());
         return found_image{c.step, c.sequence, static_cast<std::uint64_t>(info.st_size), false, (folder / c.name).string(), std::move(fd)};
     }

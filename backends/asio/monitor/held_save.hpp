@@ -50,13 +50,13 @@ struct held_save {
     save_phase phase = save_phase::receiving;
     std::error_code error{};  ///< why it is not wanted any more
     std::string why{};
-    bool memory_alone = false;  ///< the disk did not take it once its trainer had gone: it is kept for its bytes
+    bool memory_alone = false;      ///< the disk did not take it once its trainer had gone: it is kept for its bytes
     bool ended_by_trainer = false;  ///< COMMIT or ABANDON came: nothing more of it will
 
     std::deque<held_block> blocks{};
     std::vector<bool> covered;  ///< chunks of the data that came
     std::uint64_t covered_chunks = 0;
-    std::size_t arrived = 0;  ///< of the blocks, the first so many: those whose bytes are here
+    std::size_t arrived = 0;             ///< of the blocks, the first so many: those whose bytes are here
     std::size_t hashed = 0, let_go = 0;  ///< of the blocks
     std::vector<std::uint64_t> digests;
     bool committed = false;  ///< COMMIT came

@@ -38,8 +38,10 @@ void held_store::expect_sense(wire::hello const& m) {
     if (m.extension != ".safetensors")
         throw error(errc::unsupported, "the monitor takes checkpoints in the format .safetensors, not " + varve::detail::printable(m.extension));
     if (m.in_flight == 0 || m.in_flight > most_in_flight || m.keep == 0) refuse("a count that makes no sense");
-    if (m.block_bytes == 0 || m.block_bytes % digest_chunk_bytes != 0 || m.block_bytes > most_block_bytes) refuse("blocks of " + std::to_string(m.block_bytes) + " bytes");
-    if (m.image_bytes < m.header_bytes || m.image_bytes - m.header_bytes > most_data) refuse("an image of " + std::to_string(m.image_bytes) + " bytes");
+    if (m.block_bytes == 0 || m.block_bytes % digest_chunk_bytes != 0 || m.block_bytes > most_block_bytes)
+        refuse("blocks of " + std::to_string(m.block_bytes) + " bytes");
+    if (m.image_bytes < m.header_bytes || m.image_bytes - m.header_bytes > most_data)
+        refuse("an image of " + std::to_string(m.image_bytes) + " bytes");
     std::uint64_t data = 0;
     for (auto const& l : m.layers)
         for (auto const& t : l.tensors) {
@@ -53,12 +55,15 @@ void held_store::expect_sense(wire::hello const& m) {
         if (bytes == 0 || bytes > wire::most_region_bytes) refuse("a region of " + std::to_string(bytes) + " bytes");
 }
 
-std::uint64_t held_store::wanted_bytes(wire::hello const& m) { return (m.in_flight + std::uint64_t{2}) * std::max<std::uint64_t>(m.image_bytes, m.block_bytes); }
+std::uint64_t held_store::wanted_bytes(wire::hello const& m) {
+    return (m.in_flight + std::uint64_t{2}) * std::max<std::uint64_t>(m.image_bytes, m.block_bytes);
+}
 
-held_store::held_store(std::filesystem::path path, wire::hello hello, std::vector<shared_region> regions, memory_budget::lease lease, unsigned writes_at_once,
-                       system_calls& calls, store_hooks hooks)
-    : path_(std::move(path)), hello_(std::move(hello)), by_reference_(!regions.empty()), writes_at_once_(writes_at_once), calls_(calls), layout_(state_of(hello_)),
-      format_(metadata_room(hello_, layout_)), image_(format_.lay_out(layout_)), regions_(std::move(regions)), lease_(std::move(lease)), hooks_(std::move(hooks)) {
+held_store::held_store(std::filesystem::path path, wire::hello hello, std::vector<shared_region> regions, memory_budget::lease lease,
+                       unsigned writes_at_once, system_calls& calls, store_hooks hooks)
+    : path_(std::move(path)), hello_(std::move(hello)), by_reference_(!regions.empty()), writes_at_once_(writes_at_once), calls_(calls),
+      layout_(state_of(hello_)), format_(metadata_room(hello_, layout_)), image_(format_.lay_out(layout_)), regions_(std::move(regions)),
+      lease_(std::move(lease)), hooks_(std::move(hooks)) {
     if (image_.header_bytes != hello_.header_bytes || image_.size_bytes != hello_.image_bytes)
         throw error(errc::mismatch, "the trainer lays its checkpoints out in another way than this monitor: they are of different versions of varve");
     // With less, a block that is kept would be one that the next save waits for.
@@ -104,8 +109,8 @@ held_store::save_ptr held_store::find(std::uint64_t id, char const* message) {
 }
 
 held_block& held_store::add_block(held_save& s, std::uint64_t offset, std::size_t size) {
-    bool const placed = offset >= image_.header_bytes && (offset - image_.header_bytes) % digest_chunk_bytes == 0 && size > 0 && size <= hello_.block_bytes &&
-                        offset <= image_.size_bytes && size <= image_.size_bytes - offset;
+    bool const placed = offset >= image_.header_bytes && (offset - image_.header_bytes) % digest_chunk_bytes == 0 && size > 0 &&
+                        size <= hello_.block_bytes && offset <= image_.size_bytes && size <= image_.size_bytes - offset;
     if (!placed || (size % digest_chunk_bytes != 0 && offset + size != image_.size_bytes))
         refuse("a block of " + std::to_string(size) + " bytes at " + std::to_string(offset) + ", where none can be");
     auto const first = (offset - image_.header_bytes) / digest_chunk_bytes, count = varve::detail::chunk_count(size);
@@ -123,7 +128,8 @@ held_block& held_store::add_block(held_save& s, std::uint64_t offset, std::size_
 void held_store::take(wire::block_ref const& m) {
     std::lock_guard lock(mutex_);
     if (!by_reference_) refuse("a block by reference, and no pool");
-    if (m.region >= regions_.size() || m.region_offset > regions_[m.region].bytes().size() || m.size > regions_[m.region].bytes().size() - m.region_offset)
+    if (m.region >= regions_.size() || m.region_offset > regions_[m.region].bytes().size() ||
+        m.size > regions_[m.region].bytes().size() - m.region_offset)
         refuse("a block outside of the pool");
     if (on_loan_.contains({m.region, m.region_offset})) refuse("a block of the pool that is the monitor's already");
     auto const s = find(m.save, "a block");
@@ -184,7 +190,8 @@ void held_store::take(wire::commit m) {
         return;
     }
     if (s->covered_chunks != s->covered.size()) refuse("the commit of a save that lacks bytes");
-    if (m.chunk_digests.size() != (by_reference_ ? 0 : s->digests.size())) refuse("a commit with " + std::to_string(m.chunk_digests.size()) + " digests");
+    if (m.chunk_digests.size() != (by_reference_ ? 0 : s->digests.size()))
+        refuse("a commit with " + std::to_string(m.chunk_digests.size()) + " digests");
     s->ended_by_trainer = true;
     s->committed = true;
     s->expected = std::move(m.chunk_digests);
@@ -244,7 +251,8 @@ void held_store::look_if_whole(save_ptr const& s) {
     if (s->phase != save_phase::receiving || s->error || !s->committed || !s->whole()) return;
     if (!by_reference_) {
         if (s->hashed != s->blocks.size()) return;
-        if (s->digests != s->expected) return end(*s, errc::not_whole, "bytes of the save of step " + std::to_string(s->step) + " changed on the way to the monitor");
+        if (s->digests != s->expected)
+            return end(*s, errc::not_whole, "bytes of the save of step " + std::to_string(s->step) + " changed on the way to the monitor");
         s->expected = {};
     }
     s->phase = save_phase::crash_safe;
@@ -343,7 +351,8 @@ std::vector<stored_checkpoint> held_store::checkpoints() const {
 
 void held_store::describe(nlohmann::json& out) const {
     std::lock_guard lock(mutex_);
-    auto const in_flight = std::count_if(saves_.begin(), saves_.end(), [](auto const& s) { return s->phase == save_phase::receiving || s->phase == save_phase::crash_safe; });
+    auto const in_flight = std::count_if(saves_.begin(), saves_.end(),
+                                         [](auto const& s) { return s->phase == save_phase::receiving || s->phase == save_phase::crash_safe; });
     out["pool_bytes"] = lease_.bytes();
     out["held_bytes"] = held_bytes();
     out["in_flight"] = in_flight;

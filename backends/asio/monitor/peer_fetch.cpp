@@ -2,10 +2,10 @@
 
 #include <boost/asio/post.hpp>
 
-#include <algorithm>
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <unistd.h>
+#include <algorithm>
 
 #include "client/relay.hpp"
 #include "varve/detail/text.hpp"
@@ -98,7 +98,8 @@ std::optional<found_image> core::find_at_either(std::filesystem::path const& pat
         });
     };
     auto brought = [&](fetched_checkpoint const& c) {
-        return found_image{c.step, c.sequence, size, false, "the peer at " + options_.peer->text() + ", " + c.name, read_only(c.file), std::move(memory)};
+        return found_image{c.step,           c.sequence, size, false, "the peer at " + options_.peer->text() + ", " + c.name, read_only(c.file),
+                           std::move(memory)};
     };
     try {
         std::uint32_t newer = 0;
@@ -113,8 +114,10 @@ std::optional<found_image> core::find_at_either(std::filesystem::path const& pat
         return brought(*found);
     } catch (error const& e) {
         // Training from what is here is better than not at all; with nothing here, it would be from the beginning.
-        auto const line = varve::detail::printable(path.string()) + ": the peer at " + options_.peer->text() + " cannot be asked for a checkpoint: " + e.what();
-        if (what.skip >= here.size()) throw error(errc::monitor_lost, line + "; there is none here to go on from, so try again, or start over (--fresh)");
+        auto const line =
+            varve::detail::printable(path.string()) + ": the peer at " + options_.peer->text() + " cannot be asked for a checkpoint: " + e.what();
+        if (what.skip >= here.size())
+            throw error(errc::monitor_lost, line + "; there is none here to go on from, so try again, or start over (--fresh)");
         log(line + "; the newest one here serves");
         return of_here(what.skip);
     }

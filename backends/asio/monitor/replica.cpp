@@ -1,9 +1,9 @@
 #include "replica.hpp"
 
+#include <fcntl.h>
 #include <algorithm>
 #include <array>
 #include <cerrno>
-#include <fcntl.h>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <vector>
@@ -52,7 +52,9 @@ public:
     sending_pieces() {
         for (auto& p : pieces_) p.in = this;
     }
-    ~sending_pieces() { wait([this] { return std::none_of(pieces_.begin(), pieces_.end(), [](auto const& p) { return p.busy; }); }); }
+    ~sending_pieces() {
+        wait([this] { return std::none_of(pieces_.begin(), pieces_.end(), [](auto const& p) { return p.busy; }); });
+    }
 
     /// One that is not on its way. Throws what a write ended with.
     piece& free_piece() {
@@ -126,8 +128,8 @@ private:
 std::uint64_t const replica::memory_bytes = pieces * (granule_bytes + varve::detail::range_reader::slack_bytes);
 
 replica::replica(replica_settings settings, std::optional<local_checkpoint> newest)
-    : settings_(std::move(settings)), relay_(settings_.peer, settings_.store.filename().string(), options_of(settings_), true), newest_(newest), found_(newest.has_value()),
-      highest_step_(newest ? newest->step : 0) {
+    : settings_(std::move(settings)), relay_(settings_.peer, settings_.store.filename().string(), options_of(settings_), true), newest_(newest),
+      found_(newest.has_value()), highest_step_(newest ? newest->step : 0) {
     tensors_.layers = settings_.run.layers;
     tensors_.aliases = settings_.run.aliases;
     thread_ = std::jthread([this] { run(); });
@@ -146,7 +148,8 @@ void replica::offer(local_checkpoint c) {
     highest_step_ = std::max(highest_step_, c.step);
     // Somebody trains from before what the peer has: it would let go of that for this.
     if (connected_ && peer_is_ahead() && !std::exchange(said_ahead_, true))
-        settings_.log(settings_.store.string() + ": step " + std::to_string(c.step) + " does not go to the peer at " + settings_.peer.text() + ": " + why_);
+        settings_.log(settings_.store.string() + ": step " + std::to_string(c.step) + " does not go to the peer at " + settings_.peer.text() + ": " +
+                      why_);
     changed_.notify_all();
 }
 
@@ -165,7 +168,8 @@ void replica::finish_within(std::chrono::milliseconds limit) {
         auto const by = clock::now() + limit;
         deadline_ = deadline_ ? std::min(*deadline_, by) : by;
         at_once = tried_ && !connected_;
-        if (!at_once && has_work()) settings_.log(settings_.store.string() + ": waits until the peer has the checkpoint of step " + std::to_string(newest_->step));
+        if (!at_once && has_work())
+            settings_.log(settings_.store.string() + ": waits until the peer has the checkpoint of step " + std::to_string(newest_->step));
         changed_.notify_all();
     }
     if (at_once) cancel();
@@ -336,7 +340,8 @@ void replica::send(local_checkpoint const& c) {
         reader.read(to, offset, size, reader.is_cached(offset) ? reader.read_cached(to, offset, size) : 0);
         auto const chunks = std::span(digests).subspan(begin / digest_chunk_bytes, varve::detail::chunk_count(size));
         varve::detail::chunk_digests({to, size}, chunks);
-        if (varve::detail::parse_hex(std::string_view(*outline.digests).substr(begin / granule_bytes * varve::detail::digest_digits, varve::detail::digest_digits)) !=
+        if (varve::detail::parse_hex(
+                std::string_view(*outline.digests).substr(begin / granule_bytes * varve::detail::digest_digits, varve::detail::digest_digits)) !=
             varve::detail::granule_digest(chunks))
             throw error(errc::not_whole, path.string() + ": bytes at " + std::to_string(offset) + " do not fit their digest");
         out.send(*w.save, p, offset, {to, size});

@@ -4,10 +4,10 @@
 #include <boost/asio/error.hpp>
 #include <boost/asio/post.hpp>
 
+#include <unistd.h>
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
-#include <unistd.h>
 
 namespace varve::asio::server {
 
@@ -27,8 +27,8 @@ constexpr std::chrono::milliseconds farewell_limit{2'000};
 }  // namespace
 
 session::session(std::shared_ptr<core> in, std::unique_ptr<stream> connection)
-    : core_(std::move(in)), stream_(std::move(connection)), peer_(stream_->peer()), over_network_(!stream_->passes_descriptors()), timer_(stream_->executor()),
-      started_(clock::now()), heard_(started_), buffer_(buffer_bytes) {}
+    : core_(std::move(in)), stream_(std::move(connection)), peer_(stream_->peer()), over_network_(!stream_->passes_descriptors()),
+      timer_(stream_->executor()), started_(clock::now()), heard_(started_), buffer_(buffer_bytes) {}
 
 void session::start() {
     boost::asio::dispatch(stream_->executor(), [self = shared_from_this()] {
@@ -68,7 +68,8 @@ void session::was_read(std::error_code ec, std::size_t n) {
 
 void session::take_frames() {
     guarded([&] {
-        while (state_ < state::ending && take_frame()) {}
+        while (state_ < state::ending && take_frame()) {
+        }
         if (state_ < state::ending && !place_ && !(head_ && payload_.size() > 0)) read();
     });
 }
@@ -172,10 +173,11 @@ held_store& session::trainers() const {
 
 void session::take(wire::hello m) {
     if (m.version != wire::version)
-        throw error(errc::mismatch, "the trainer speaks version " + std::to_string(m.version) + " of the protocol, this monitor " + std::to_string(wire::version) +
-                                        "; use the same version of varve on both sides");
+        throw error(errc::mismatch, "the trainer speaks version " + std::to_string(m.version) + " of the protocol, this monitor " +
+                                        std::to_string(wire::version) + "; use the same version of varve on both sides");
     auto descriptors = stream_->take_descriptors();
-    if (descriptors.size() != m.region_bytes.size()) refuse(std::to_string(m.region_bytes.size()) + " regions and " + std::to_string(descriptors.size()) + " descriptors");
+    if (descriptors.size() != m.region_bytes.size())
+        refuse(std::to_string(m.region_bytes.size()) + " regions and " + std::to_string(descriptors.size()) + " descriptors");
     state_ = state::attaching;
     purpose_ = m.purpose;
     store_name_ = m.store;
@@ -223,9 +225,10 @@ void session::take(wire::fetch const& m) {
             self->guarded([&] { call(*self); });
         });
     };
-    core_->find_at_peer_too(store_name_, over_network_, store_, m,
-                            [posted](std::optional<found_image> found) { posted([found = std::move(found)](session& self) mutable { self.answer(std::move(found)); }); },
-                            [posted](error const& e) { posted([e](session& self) { self.fail(e); }); });
+    core_->find_at_peer_too(
+        store_name_, over_network_, store_, m,
+        [posted](std::optional<found_image> found) { posted([found = std::move(found)](session& self) mutable { self.answer(std::move(found)); }); },
+        [posted](error const& e) { posted([e](session& self) { self.fail(e); }); });
 }
 
 void session::answer(std::optional<found_image> found) {
@@ -259,7 +262,8 @@ void session::send(Message const& m, std::vector<file_descriptor> descriptors) {
     frames_out_.append(last.bytes, m);
     last.descriptors = std::move(descriptors);
     out_bytes_ += last.bytes.size() - before;
-    if (state_ < state::ending && out_bytes_ > most_waiting_bytes + piece_bytes) return fail(error(std::make_error_code(std::errc::timed_out), "the peer takes nothing that is sent to it"));
+    if (state_ < state::ending && out_bytes_ > most_waiting_bytes + piece_bytes)
+        return fail(error(std::make_error_code(std::errc::timed_out), "the peer takes nothing that is sent to it"));
     write();
 }
 
@@ -362,7 +366,8 @@ void session::tick() {
     if (state_ != state::greeting) {
         // A Unix socket ends with its process: one that says nothing may be in a debugger's hands.
         if (over_network_ && now - heard_ >= o.silence_limit)
-            return fail(error(std::make_error_code(std::errc::timed_out), "nothing was heard for " + std::to_string(o.silence_limit.count()) + " ms"));
+            return fail(
+                error(std::make_error_code(std::errc::timed_out), "nothing was heard for " + std::to_string(o.silence_limit.count()) + " ms"));
         guarded([&] { send(wire::ping{}); });
     }
     if (state_ >= state::ending) return;

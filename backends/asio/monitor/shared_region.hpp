@@ -1,12 +1,12 @@
 #pragma once
 
-#include <cerrno>
-#include <cstddef>
 #include <fcntl.h>
-#include <span>
-#include <string>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <cerrno>
+#include <cstddef>
+#include <span>
+#include <string>
 #include <utility>
 
 #include "varve/error.hpp"
@@ -22,7 +22,7 @@ public:
     /// a read beyond its end would end this process.
     shared_region(file_descriptor memory, std::size_t size_bytes) : memory_(std::move(memory)), size_(size_bytes) {
         constexpr int wanted = F_SEAL_SHRINK | F_SEAL_GROW;
-        struct stat info {};
+        struct stat info{};
         if (::fcntl(memory_.get(), F_GET_SEALS) < 0 || (::fcntl(memory_.get(), F_GET_SEALS) & wanted) != wanted)
             throw error(errc::malformed, "malformed message: a region that is no memory of fixed size (memfd, sealed)");
         if (::fstat(memory_.get(), &info) != 0 || info.st_size < 0 || static_cast<std::size_t>(info.st_size) != size_ || size_ == 0)

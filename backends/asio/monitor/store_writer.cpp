@@ -1,7 +1,7 @@
 #include "held_store.hpp"
 
-#include <semaphore>
 #include <sys/mman.h>
+#include <semaphore>
 
 #include "varve/detail/digest.hpp"
 #include "varve/error.hpp"
@@ -77,7 +77,8 @@ void held_store::run() {
                 continue;
             }
             // What is left when the trainer has gone is being hashed, or kept for its bytes.
-            bool const idle = std::none_of(saves_.begin(), saves_.end(), [](auto const& s) { return s->phase == save_phase::receiving || s->phase == save_phase::crash_safe; });
+            bool const idle = std::none_of(saves_.begin(), saves_.end(),
+                                           [](auto const& s) { return s->phase == save_phase::receiving || s->phase == save_phase::crash_safe; });
             if (gone_ && idle) break;
         }
         forget();

@@ -1,9 +1,9 @@
 #pragma once
 
-#include <filesystem>
-#include <memory>
 #include <netdb.h>
 #include <sys/un.h>
+#include <filesystem>
+#include <memory>
 
 #include "varve/asio/transport.hpp"
 

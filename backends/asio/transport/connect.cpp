@@ -1,13 +1,13 @@
-#include <algorithm>
-#include <cerrno>
-#include <charconv>
-#include <cstring>
-#include <memory>
 #include <netdb.h>
 #include <netinet/in.h>
 #include <poll.h>
 #include <sys/socket.h>
 #include <sys/un.h>
+#include <algorithm>
+#include <cerrno>
+#include <charconv>
+#include <cstring>
+#include <memory>
 #include <thread>
 
 #include "varve/detail/text.hpp"
@@ -92,7 +92,8 @@ sockaddr_un unix_address(std::filesystem::path const& path) {
     out.sun_family = AF_UNIX;
     auto const& text = path.native();
     if (text.size() >= sizeof out.sun_path)
-        throw error(std::make_error_code(std::errc::filename_too_long), "unix:" + varve::detail::printable(text) + ": the path of a socket has at most " +
+        throw error(std::make_error_code(std::errc::filename_too_long), "unix:" + varve::detail::printable(text) +
+                                                                            ": the path of a socket has at most " +
                                                                             std::to_string(sizeof out.sun_path - 1) + " bytes; give a shorter one");
     std::memcpy(out.sun_path, text.data(), text.size());
     return out;
@@ -105,7 +106,8 @@ resolved_addresses resolve(address const& a, bool to_listen) {
     addrinfo* found = nullptr;
     int const result = ::getaddrinfo(a.host.c_str(), std::to_string(a.port).c_str(), &hints, &found);
     if (result != 0)
-        throw error(std::make_error_code(std::errc::address_not_available), varve::detail::printable(a.text()) + ": " + ::gai_strerror(result) + "; check the host's name");
+        throw error(std::make_error_code(std::errc::address_not_available),
+                    varve::detail::printable(a.text()) + ": " + ::gai_strerror(result) + "; check the host's name");
     return resolved_addresses(found, ::freeaddrinfo);
 }
 
@@ -121,8 +123,9 @@ static bool is_loopback(sockaddr const* address) noexcept {
 
 void expect_loopback(address const& a, sockaddr const* found) {
     if (is_loopback(found)) return;
-    throw error(std::make_error_code(std::errc::operation_not_permitted),
-                varve::detail::printable(a.text()) + ": not a loopback address, and TCP without TLS stays on one machine; give --cert, --key and --ca");
+    throw error(
+        std::make_error_code(std::errc::operation_not_permitted),
+        varve::detail::printable(a.text()) + ": not a loopback address, and TCP without TLS stays on one machine; give --cert, --key and --ca");
 }
 
 }  // namespace transport

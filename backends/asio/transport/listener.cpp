@@ -1,13 +1,13 @@
-#include <boost/asio/posix/stream_descriptor.hpp>
 #include <boost/asio/error.hpp>
+#include <boost/asio/posix/stream_descriptor.hpp>
 
-#include <cerrno>
-#include <mutex>
 #include <netinet/in.h>
 #include <sys/file.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
+#include <cerrno>
+#include <mutex>
 #include <thread>
 
 #include "varve/detail/text.hpp"
@@ -53,7 +53,7 @@ file_descriptor listen_unix(address const& at) {
     auto const where = transport::unix_address(at.path);
     auto const folder = at.path.has_parent_path() ? at.path.parent_path() : std::filesystem::path(".");
     folder_lock lock(at, folder);
-    struct stat info {};
+    struct stat info{};
     if (::lstat(at.path.c_str(), &info) == 0) {
         if (!S_ISSOCK(info.st_mode)) fail(at, EEXIST, "something that is no socket is there; give another path");
         if (is_listened_to(where)) fail(at, EADDRINUSE, "another monitor listens there");
@@ -120,7 +120,7 @@ public:
         std::lock_guard lock(mutex_);
         boost::system::error_code ignored;
         descriptor_.close(ignored);
-        struct stat now {};
+        struct stat now{};
         // Only what is still ours: somebody may have put another socket there.
         if (at_.is_unix() && made_.st_ino != 0 && ::lstat(at_.path.c_str(), &now) == 0 && now.st_ino == made_.st_ino && now.st_dev == made_.st_dev)
             ::unlink(at_.path.c_str());
@@ -139,7 +139,7 @@ private:
     std::shared_ptr<tls_context const> tls_;
     std::mutex mutex_;  ///< close() comes from any thread
     boost::asio::posix::stream_descriptor descriptor_;
-    struct stat made_ {};
+    struct stat made_{};
 };
 
 listener::listener(boost::asio::any_io_executor executor, address const& at, std::shared_ptr<tls_context const> tls)

@@ -1,8 +1,8 @@
+#include <sys/socket.h>
 #include <algorithm>
 #include <array>
 #include <cerrno>
 #include <cstring>
-#include <sys/socket.h>
 
 #include "varve/error.hpp"
 

@@ -2,11 +2,11 @@
 
 #include <boost/asio/any_io_executor.hpp>
 
+#include <sys/uio.h>
 #include <cstddef>
 #include <memory>
 #include <span>
 #include <string>
-#include <sys/uio.h>
 #include <system_error>
 #include <vector>
 
@@ -46,6 +46,5 @@ std::unique_ptr<stream> make_stream(boost::asio::any_io_executor executor, file_
 
 /// Low latency, and a peer that is gone without a word is found within 15 seconds. Source: tcp(7).
 void set_tcp_options(int descriptor) noexcept;
-
 
 }  // namespace varve::asio::transport

@@ -2,13 +2,13 @@
 #include <boost/asio/generic/stream_protocol.hpp>
 #include <boost/asio/post.hpp>
 
-#include <algorithm>
-#include <array>
-#include <cerrno>
 #include <netdb.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <sys/socket.h>
+#include <algorithm>
+#include <array>
+#include <cerrno>
 #include <utility>
 
 #include "varve/error.hpp"

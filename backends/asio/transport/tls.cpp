@@ -2,13 +2,13 @@
 #include <boost/asio/ssl/error.hpp>
 
 #include <arpa/inet.h>
-#include <cerrno>
-#include <limits>
 #include <openssl/err.h>
 #include <openssl/ssl.h>
 #include <openssl/x509v3.h>
 #include <sys/socket.h>
 #include <algorithm>
+#include <cerrno>
+#include <limits>
 
 #include "varve/detail/text.hpp"
 #include "varve/error.hpp"
@@ -32,7 +32,8 @@ std::shared_ptr<tls_context const> load_tls(tls_files const& files, bool server)
         boost::system::error_code ec;
         load(file.string(), ec);
         if (ec)
-            throw error(std::make_error_code(std::errc::invalid_argument), varve::detail::printable(file.string()) + " is no usable " + what + " (PEM): " + ec.message());
+            throw error(std::make_error_code(std::errc::invalid_argument),
+                        varve::detail::printable(file.string()) + " is no usable " + what + " (PEM): " + ec.message());
     };
     use(files.authority, "certificate of an authority", [&](auto const& f, auto& ec) { context.load_verify_file(f, ec); });
     use(files.certificate, "certificate", [&](auto const& f, auto& ec) { context.use_certificate_chain_file(f, ec); });

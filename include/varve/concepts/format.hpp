@@ -29,10 +29,10 @@ struct checkpoint_identity {
 };
 
 struct restore_options {
-    unsigned workers = 1;       ///< threads that read and hash
-    bool check_digests = true;  ///< off: files of other people, which have none
-    bool verify_first = false;  ///< read everything once before a tensor changes
-    bool model_only = false;    ///< leave every tensor alone whose name does not begin with `model.`
+    unsigned workers = 1;             ///< threads that read and hash
+    bool check_digests = true;        ///< off: files of other people, which have none
+    bool verify_first = false;        ///< read everything once before a tensor changes
+    bool model_only = false;          ///< leave every tensor alone whose name does not begin with `model.`
     device_memory* device = nullptr;  ///< the way to tensors in GPU memory; errc::unsupported for those where there is none
 };
 
@@ -102,8 +102,9 @@ concept format = std::movable<F> && (fixed_layout_format<F> || streaming_format<
 template <class F>
 consteval bool explain_format() {
     static_assert(std::derived_from<F, file_format>, "varve: a format must derive from varve::file_format");
-    static_assert(detail::format_has::stream<F> || detail::format_has::lay_out<F>,
-                  "varve: a format must have image lay_out(state const&) const, or void stream(state const&, commit_values const&, byte_stream&) const");
+    static_assert(
+        detail::format_has::stream<F> || detail::format_has::lay_out<F>,
+        "varve: a format must have image lay_out(state const&) const, or void stream(state const&, commit_values const&, byte_stream&) const");
     static_assert(detail::format_has::stream<F> || detail::format_has::expect_fits<F>,
                   "varve: a fixed layout must have void expect_fits(metadata_map const&) const");
     static_assert(detail::format_has::stream<F> || detail::format_has::header<F>,

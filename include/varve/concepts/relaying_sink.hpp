@@ -43,9 +43,10 @@ concept lent_write = requires(T& t, std::uint64_t offset, block const& b, comple
     { t.write(offset, b, c, std::move(l)) } noexcept -> std::same_as<void>;
 };
 template <class T>
-concept hand_over = requires(T& t, commit_values const& values, std::span<std::uint64_t const> chunk_digests, completion crash_safe, completion durable) {
-    { t.hand_over(values, chunk_digests, crash_safe, durable) } noexcept -> std::same_as<void>;
-};
+concept hand_over =
+    requires(T& t, commit_values const& values, std::span<std::uint64_t const> chunk_digests, completion crash_safe, completion durable) {
+        { t.hand_over(values, chunk_digests, crash_safe, durable) } noexcept -> std::same_as<void>;
+    };
 template <class S>
 concept introduce = requires(S& s, relayed_run const& run) { s.introduce(run); };
 template <class S>
@@ -92,10 +93,12 @@ consteval bool explain_relaying_sink() {
     static_assert(detail::sink_has::introduce<S>, "varve: a relaying sink must have introduce(varve::relayed_run const&)");
     static_assert(detail::sink_has::takes_digests<S>, "varve: a relaying sink must have bool takes_digests() const noexcept");
     static_assert(detail::sink_has::lent_write<typename S::target_type>,
-                  "varve: a relaying sink's target must have void write(std::uint64_t offset_bytes, varve::block const&, varve::completion, varve::loan) noexcept");
-    static_assert(detail::sink_has::hand_over<typename S::target_type>,
-                  "varve: a relaying sink's target must have void hand_over(varve::commit_values const&, std::span<std::uint64_t const> chunk_digests, "
-                  "varve::completion crash_safe, varve::completion durable) noexcept");
+                  "varve: a relaying sink's target must have void write(std::uint64_t offset_bytes, varve::block const&, varve::completion, "
+                  "varve::loan) noexcept");
+    static_assert(
+        detail::sink_has::hand_over<typename S::target_type>,
+        "varve: a relaying sink's target must have void hand_over(varve::commit_values const&, std::span<std::uint64_t const> chunk_digests, "
+        "varve::completion crash_safe, varve::completion durable) noexcept");
     return relaying_sink<S>;
 }
 

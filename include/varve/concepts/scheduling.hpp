@@ -35,10 +35,22 @@ concept scheduling = std::copyable<P> && requires(P const& p) {
 template <class P>
 consteval bool explain_scheduling() {
     static_assert(std::copyable<P>, "varve: a scheduling must be copyable");
-    static_assert(requires { { P::copies } -> std::convertible_to<copy_moment>; }, "varve: a scheduling must have static constexpr varve::copy_moment copies");
-    static_assert(requires { { P::waits } -> std::convertible_to<seal_wait>; }, "varve: a scheduling must have static constexpr varve::seal_wait waits");
-    static_assert(requires { { P::needs_fixed_layout } -> std::convertible_to<bool>; }, "varve: a scheduling must have static constexpr bool needs_fixed_layout");
-    static_assert(requires(P const& p) { { p.max_in_flight() } -> std::same_as<std::size_t>; }, "varve: a scheduling must have std::size_t max_in_flight() const");
+    static_assert(
+        requires {
+            { P::copies } -> std::convertible_to<copy_moment>;
+        }, "varve: a scheduling must have static constexpr varve::copy_moment copies");
+    static_assert(
+        requires {
+            { P::waits } -> std::convertible_to<seal_wait>;
+        }, "varve: a scheduling must have static constexpr varve::seal_wait waits");
+    static_assert(
+        requires {
+            { P::needs_fixed_layout } -> std::convertible_to<bool>;
+        }, "varve: a scheduling must have static constexpr bool needs_fixed_layout");
+    static_assert(
+        requires(P const& p) {
+            { p.max_in_flight() } -> std::same_as<std::size_t>;
+        }, "varve: a scheduling must have std::size_t max_in_flight() const");
     return scheduling<P>;
 }
 

@@ -95,19 +95,19 @@ concept digest = requires(S& s, typename S::buffer_type const& b, std::size_t si
 ///  8. `order_after(token, order)` makes later work in `order` wait for the copy, on a host by waiting itself.
 /// It need not copy asynchronously. The training thread records and orders while one other thread acquires and copies.
 template <class S>
-concept staging = std::movable<S> && detail::staging_has::memory<S> && detail::staging_has::types<S> &&
-                  detail::staging_has::buffer<typename S::buffer_type> && detail::staging_has::token<typename S::token_type> &&
-                  std::copyable<typename S::order_type> && std::copyable<typename S::point_type> &&
-                  detail::staging_has::acquire<S> && detail::staging_has::record<S> && detail::staging_has::copy<S> &&
-                  detail::staging_has::order_after<S> && detail::staging_has::sizes<S> && detail::staging_has::regions<S>;
+concept staging =
+    std::movable<S> && detail::staging_has::memory<S> && detail::staging_has::types<S> && detail::staging_has::buffer<typename S::buffer_type> &&
+    detail::staging_has::token<typename S::token_type> && std::copyable<typename S::order_type> && std::copyable<typename S::point_type> &&
+    detail::staging_has::acquire<S> && detail::staging_has::record<S> && detail::staging_has::copy<S> && detail::staging_has::order_after<S> &&
+    detail::staging_has::sizes<S> && detail::staging_has::regions<S>;
 
 namespace detail::staging_has {
 
 template <class S>
 concept snapshots = requires { typename S::snapshot_type; } && snapshot<typename S::snapshot_type> &&
-                    requires(S& s, image const& img, state const& st, std::size_t count, typename S::snapshot_type& shot, std::span<std::size_t const> layers,
-                             std::span<typename S::point_type const> after, typename S::buffer_type& b, std::uint64_t offset, std::size_t size, std::size_t at,
-                             typename S::token_type const& taken) {
+                    requires(S& s, image const& img, state const& st, std::size_t count, typename S::snapshot_type& shot,
+                             std::span<std::size_t const> layers, std::span<typename S::point_type const> after, typename S::buffer_type& b,
+                             std::uint64_t offset, std::size_t size, std::size_t at, typename S::token_type const& taken) {
                         { s.prepare_snapshots(img, st, count) } -> std::same_as<std::size_t>;
                         { s.acquire_snapshot() } noexcept -> std::same_as<typename S::snapshot_type>;
                         { s.take(shot, layers, after) } noexcept -> std::same_as<typename S::token_type>;
@@ -169,7 +169,8 @@ consteval bool explain_staging() {
     if constexpr (detail::staging_has::types<S>) {
         static_assert(detail::staging_has::buffer<typename S::buffer_type>,
                       "varve: a buffer must be move-only, with std::byte* data() const, std::size_t region() const and operator bool");
-        static_assert(detail::staging_has::token<typename S::token_type>, "varve: a token must be copyable, with std::error_code wait() const noexcept");
+        static_assert(detail::staging_has::token<typename S::token_type>,
+                      "varve: a token must be copyable, with std::error_code wait() const noexcept");
         static_assert(std::copyable<typename S::order_type> && std::copyable<typename S::point_type>,
                       "varve: an order_type and a point_type must be copyable");
         static_assert(detail::staging_has::record<S>, "varve: a staging must have point_type record(order_type) noexcept");

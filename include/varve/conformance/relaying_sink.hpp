@@ -48,7 +48,8 @@ public:
 
     explicit relaying_laws(relaying_fixture<S> const& fixture)
         : fixture_(fixture), bytes_(2 * block_bytes + 12'345),
-          pool_(std::make_shared<varve::detail::block_pool>(varve::detail::regions_of(fixture.memory.first(blocks * block_bytes), block_bytes), block_bytes, nullptr)) {
+          pool_(std::make_shared<varve::detail::block_pool>(varve::detail::regions_of(fixture.memory.first(blocks * block_bytes), block_bytes),
+                                                            block_bytes, nullptr)) {
         state_.layers = {{"layer", {{"model.weight", dtype::U8, {static_cast<std::int64_t>(bytes_.size())}, bytes_.data(), {}, memory_kind::host}}}};
         image_ = format_.lay_out(state_);
     }
@@ -118,12 +119,15 @@ private:
     void publishes() {
         auto s = introduced();
         auto const l = s.limits();
-        for (auto a : {l.memory_alignment, l.offset_alignment, l.length_alignment}) expect(std::has_single_bit(a), "limits: alignments are powers of two");
+        for (auto a : {l.memory_alignment, l.offset_alignment, l.length_alignment})
+            expect(std::has_single_bit(a), "limits: alignments are powers of two");
         expect(l.queue_depth >= 1, "limits: the queue depth is at least 1");
         expect(S::accepts(memory_kind::host) || S::accepts(memory_kind::pinned) || S::accepts(memory_kind::device), "accepts: some memory");
         expect(!s.describe().empty() && s.describe().find('\n') == std::string::npos, "describe: one line");
         bool const digests = s.takes_digests();
-        { [[maybe_unused]] auto target = open(s); }
+        {
+            [[maybe_unused]] auto target = open(s);
+        }
         expect(s.takes_digests() == digests, "takes_digests: the same at every call");
     }
 
@@ -135,7 +139,8 @@ private:
         std::vector<varve::detail::block_pool::buffer> buffers;
         for (auto const& plan : map.blocks()) {
             buffers.push_back(varve::detail::block_pool::acquire(pool_, {}));
-            std::copy_n(bytes_.begin() + static_cast<std::ptrdiff_t>(plan.offset_bytes - image_.header_bytes), plan.size_bytes, buffers.back().data());
+            std::copy_n(bytes_.begin() + static_cast<std::ptrdiff_t>(plan.offset_bytes - image_.header_bytes), plan.size_bytes,
+                        buffers.back().data());
         }
         std::atomic<std::size_t> left{map.blocks().size()};
         auto work = [&] {
@@ -164,7 +169,8 @@ private:
             expect(!a.error, what + ": writes succeed, but: " + a.error.message());
         }
         std::this_thread::sleep_for(std::chrono::milliseconds(2));
-        expect(std::all_of(answers.begin(), answers.end(), [](auto const& a) { return a.times == 1; }), what + ": each write is answered exactly once");
+        expect(std::all_of(answers.begin(), answers.end(), [](auto const& a) { return a.times == 1; }),
+               what + ": each write is answered exactly once");
     }
 
     void hand_over(S& s, target_type& target, answer& safe, answer& durable) {
@@ -192,7 +198,8 @@ private:
         }
         auto const kept = fixture_.read_back(step_);
         if (!kept) return;
-        expect(kept->size() == image_.size_bytes && std::equal(bytes_.begin(), bytes_.end(), kept->begin() + static_cast<std::ptrdiff_t>(image_.header_bytes)),
+        expect(kept->size() == image_.size_bytes &&
+                   std::equal(bytes_.begin(), bytes_.end(), kept->begin() + static_cast<std::ptrdiff_t>(image_.header_bytes)),
                what + ": the receiver has its bytes");
     }
 
@@ -218,7 +225,9 @@ private:
     /// Destroyed before it was handed over, with blocks and without.
     void unwanted() {
         auto s = introduced();
-        { [[maybe_unused]] auto target = open(s); }
+        {
+            [[maybe_unused]] auto target = open(s);
+        }
         {
             auto target = open(s);
             write_all(target, 1, true, "unwanted");
@@ -252,13 +261,15 @@ private:
         std::vector<varve::detail::block_pool::buffer> all;
         std::stop_source late;
         std::jthread impatient([&](std::stop_token stop) {
-            for (auto const until = std::chrono::steady_clock::now() + fixture_.patience; !stop.stop_requested() && std::chrono::steady_clock::now() < until;)
+            for (auto const until = std::chrono::steady_clock::now() + fixture_.patience;
+                 !stop.stop_requested() && std::chrono::steady_clock::now() < until;)
                 std::this_thread::sleep_for(std::chrono::milliseconds(5));
             late.request_stop();
         });
         for (std::size_t i = 0; i < blocks; ++i) all.push_back(varve::detail::block_pool::acquire(pool_, late.get_token()));
         impatient.request_stop();
-        expect(std::all_of(all.begin(), all.end(), [](auto const& b) { return static_cast<bool>(b); }), "loans: they end with the sink at the latest");
+        expect(std::all_of(all.begin(), all.end(), [](auto const& b) { return static_cast<bool>(b); }),
+               "loans: they end with the sink at the latest");
     }
 
     relaying_fixture<S> const& fixture_;

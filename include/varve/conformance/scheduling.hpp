@@ -77,8 +77,10 @@ std::vector<std::string> check_scheduling(P const& policy) {
     auto expect = [&](bool holds, std::string const& law) {
         if (!holds) broken.push_back(law);
     };
-    expect(policy.max_in_flight() >= 1 && policy.max_in_flight() == P(policy).max_in_flight(), "max_in_flight is at least 1, and the same at every call");
-    expect(P::copies != copy_moment::at_layer_ready || P::needs_fixed_layout, "blocks that leave before the whole state was seen need a fixed layout");
+    expect(policy.max_in_flight() >= 1 && policy.max_in_flight() == P(policy).max_in_flight(),
+           "max_in_flight is at least 1, and the same at every call");
+    expect(P::copies != copy_moment::at_layer_ready || P::needs_fixed_layout,
+           "blocks that leave before the whole state was seen need a fixed layout");
 
     constexpr std::size_t layer_count = 3, layer_bytes = block_unit_bytes + 4096 + 3;
     for (std::size_t pool_blocks : {1u, 2u, 64u}) {

@@ -168,13 +168,16 @@ private:
         auto before = s.limits();
         for (auto a : {before.memory_alignment, before.offset_alignment, before.length_alignment})
             expect(std::has_single_bit(a), "limits: alignments are powers of two");
-        expect(before.best_block_bytes > 0 && before.best_block_bytes % before.offset_alignment == 0 && before.best_block_bytes % before.length_alignment == 0,
+        expect(before.best_block_bytes > 0 && before.best_block_bytes % before.offset_alignment == 0 &&
+                   before.best_block_bytes % before.length_alignment == 0,
                "limits: the best block is a multiple of the alignments");
         expect(before.queue_depth >= 1, "limits: the queue depth is at least 1");
         expect(S::accepts(memory_kind::host) || S::accepts(memory_kind::pinned) || S::accepts(memory_kind::device), "accepts: some memory");
         auto one_line = [&] { return !s.describe().empty() && s.describe().find('\n') == std::string::npos; };
         expect(one_line(), "describe: one line before the first open");
-        { [[maybe_unused]] auto target = s.open(fixture_.request(0, block_bytes)); }
+        {
+            [[maybe_unused]] auto target = s.open(fixture_.request(0, block_bytes));
+        }
         auto after = s.limits();
         expect(after.memory_alignment == before.memory_alignment && after.offset_alignment == before.offset_alignment &&
                    after.length_alignment == before.length_alignment && after.best_block_bytes == before.best_block_bytes &&
@@ -242,7 +245,9 @@ private:
     void reopened_without_sync() {
         auto bytes = pattern(block_bytes + 1, 8);
         auto s = fixture_.make();
-        for (int i = 0; i < 3; ++i) { [[maybe_unused]] auto target = s.open(fixture_.request(0, bytes.size())); }
+        for (int i = 0; i < 3; ++i) {
+            [[maybe_unused]] auto target = s.open(fixture_.request(0, bytes.size()));
+        }
         auto target = s.open(fixture_.request(0, bytes.size()));
         write_all(target, bytes.bytes(), 1, unregistered, "opened again");
         expect_kept(s, 0, bytes.bytes(), "opened again");

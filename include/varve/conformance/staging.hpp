@@ -103,7 +103,9 @@ std::vector<std::string> check_staging(staging_fixture<S> const& f) {
             std::memcpy(expected.data() + (row * 6 + column) * sizeof(float), bytes.data() + (row + column * 4) * sizeof(float), sizeof(float));
     expect(std::equal(expected.begin(), expected.end(), out.begin()), "a strided tensor arrives in row-major order");
 
-    { auto moved_staging = std::move(s); }
+    {
+        auto moved_staging = std::move(s);
+    }
     expect(static_cast<bool>(moved), "a buffer outlives its staging");
     return broken;
 }

@@ -186,7 +186,7 @@ private:
 
     line_type& line_;
     Staging& staging_;
-    std::size_t busy_layers_ = 0;     ///< announced since their last update
+    std::size_t busy_layers_ = 0;  ///< announced since their last update
     // Scratch, kept since allocations cost: see save_line::spare.
     std::vector<layer_copy> copies_;
     std::vector<std::size_t> taking_;

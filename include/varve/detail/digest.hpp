@@ -1,5 +1,6 @@
 #pragma once
 
+#include <xxhash.h>
 #include <algorithm>
 #include <array>
 #include <cstddef>
@@ -10,7 +11,6 @@
 #include <string>
 #include <string_view>
 #include <vector>
-#include <xxhash.h>
 
 #include "varve/image.hpp"
 

@@ -26,7 +26,8 @@ std::optional<restored_checkpoint> restore_fetched(Sink& sink, file_format const
         try {
             auto identity = format.identify(fetched->file.get());
             if (step && identity.step != *step)
-                throw error(errc::not_whole, fetched->name + ": of step " + std::to_string(identity.step) + " where " + std::to_string(*step) + " was asked for");
+                throw error(errc::not_whole,
+                            fetched->name + ": of step " + std::to_string(identity.step) + " where " + std::to_string(*step) + " was asked for");
             format.expect_same_layout(fetched->file.get(), s);
             touched = true;
             format.restore(fetched->file.get(), s, options);

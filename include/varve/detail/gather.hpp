@@ -56,9 +56,7 @@ void for_each_run(tensor const& t, std::uint64_t offset_bytes, std::size_t size_
 }
 
 /// Whether the tensor's row-major form is what lies in memory.
-inline bool is_contiguous(tensor const& t) {
-    return dense_run(t).outer == 0;
-}
+inline bool is_contiguous(tensor const& t) { return dense_run(t).outer == 0; }
 
 /// Copies bytes [offset, offset + size) of the tensor's row-major form to `to`. The tensor lies in host memory.
 inline void gather(tensor const& t, std::uint64_t offset_bytes, std::size_t size_bytes, std::byte* to) {

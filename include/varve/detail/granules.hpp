@@ -81,7 +81,8 @@ public:
     /// Where the byte at `offset` of the file goes, of a granule whose first one stands at `first`. In the worker's own memory
     /// every piece goes to the same place, which stays in the core's cache.
     std::byte* place(std::uint64_t first, std::uint64_t offset) const noexcept {
-        return lender_ ? lent_.data() + (offset - first / range_reader::alignment * range_reader::alignment) : own_->data() + offset % range_reader::alignment;
+        return lender_ ? lent_.data() + (offset - first / range_reader::alignment * range_reader::alignment)
+                       : own_->data() + offset % range_reader::alignment;
     }
 
 private:

@@ -27,7 +27,9 @@ public:
     explicit handover(line_type& line) : line_(line) {}
 
     /// From here on the save is the receiver's; its turn is over.
-    void hand_over(job_type& job) requires relaying_sink<Sink> {
+    void hand_over(job_type& job)
+        requires relaying_sink<Sink>
+    {
         job.snapshot = {};
         {
             std::lock_guard lock(line_.mutex);

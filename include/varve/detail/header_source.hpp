@@ -1,5 +1,6 @@
 #pragma once
 
+#include <unistd.h>
 #include <algorithm>
 #include <array>
 #include <cerrno>
@@ -7,7 +8,6 @@
 #include <cstdint>
 #include <iterator>
 #include <string>
-#include <unistd.h>
 
 #include "varve/detail/safetensors_rules.hpp"
 #include "varve/error.hpp"

@@ -1,11 +1,11 @@
 #pragma once
 
+#include <fcntl.h>
+#include <sys/stat.h>
 #include <atomic>
 #include <cerrno>
 #include <cstdint>
-#include <fcntl.h>
 #include <string>
-#include <sys/stat.h>
 #include <system_error>
 
 #include "varve/concepts/sink.hpp"
@@ -51,10 +51,11 @@ public:
     open_file(open_request const& r, seen_write_mode& mode, system_calls& calls) : calls_(&calls) {
         buffered_ = {calls.openat(r.folder, r.name.c_str(), O_RDWR | O_CREAT, 0644), calls};
         if (!buffered_) fail(r, "open", "check the folder's permissions");
-        struct stat status {};
+        struct stat status{};
         if (calls.fstat(buffered_.get(), &status) != 0) fail(r, "look at", "check the disk");
         if (!S_ISREG(status.st_mode))
-            throw error(std::make_error_code(std::errc::invalid_argument), "cannot write " + r.name + ": not a regular file; remove it or use another folder");
+            throw error(std::make_error_code(std::errc::invalid_argument),
+                        "cannot write " + r.name + ": not a regular file; remove it or use another folder");
         if (static_cast<std::uint64_t>(status.st_size) != r.size_bytes && calls.ftruncate(buffered_.get(), static_cast<off_t>(r.size_bytes)) != 0)
             fail(r, "give " + std::to_string(r.size_bytes) + " bytes to", "check the free space and the limit on file sizes (ulimit -f)");
         if (!mode.wanted() || r.size_bytes < direct_alignment) return;

@@ -24,8 +24,7 @@ public:
     template <class Make>
     piece_threads(unsigned threads, std::size_t stripe_bytes, Make make, std::error_code (*code_of)(int) noexcept = last_system_error)
         : stripe_bytes_(stripe_bytes), queue_(expected_requests, code_of) {
-        for (unsigned i = 0; i < std::max(1u, threads); ++i)
-            threads_.emplace_back([this, make](std::stop_token stop) { work(stop, make()); });
+        for (unsigned i = 0; i < std::max(1u, threads); ++i) threads_.emplace_back([this, make](std::stop_token stop) { work(stop, make()); });
     }
 
     /// Nothing may be in flight.

@@ -1,17 +1,17 @@
 #pragma once
 
+#include <fcntl.h>
+#include <sys/uio.h>
+#include <unistd.h>
 #include <algorithm>
 #include <cerrno>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
-#include <fcntl.h>
 #include <memory>
 #include <new>
 #include <span>
 #include <string>
-#include <sys/uio.h>
-#include <unistd.h>
 
 #include "varve/detail/header_source.hpp"
 #include "varve/system.hpp"

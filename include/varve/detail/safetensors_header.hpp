@@ -1,12 +1,12 @@
 #pragma once
 
+#include <sys/stat.h>
 #include <cstddef>
 #include <cstdint>
 #include <nlohmann/json.hpp>
 #include <span>
 #include <string>
 #include <string_view>
-#include <sys/stat.h>
 #include <vector>
 
 #include "varve/detail/header_source.hpp"
@@ -36,7 +36,7 @@ struct header_entry {
 
 /// Length of the header and size of the file, checked against each other.
 inline safetensors_extent read_extent(int fd) {
-    struct stat info {};
+    struct stat info{};
     if (::fstat(fd, &info) != 0) throw_if(last_system_error(errno), "cannot look at the file");
     if (!S_ISREG(info.st_mode)) refuse_file("it is not a regular file");
     safetensors_extent out;

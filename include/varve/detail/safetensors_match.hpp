@@ -30,7 +30,9 @@ inline std::string describe(dtype type, std::span<std::int64_t const> shape) {
     return out + "]";
 }
 
-[[noreturn]] inline void refuse_match(std::string const& why) { throw error(errc::mismatch, "the checkpoint is of another model or optimizer: " + why); }
+[[noreturn]] inline void refuse_match(std::string const& why) {
+    throw error(errc::mismatch, "the checkpoint is of another model or optimizer: " + why);
+}
 
 /// Finds the state's tensors in a file; memory for the state's tensors only.
 ///
@@ -102,7 +104,8 @@ private:
     void take(slot& s, header_entry const& e, bool by_own_name) const {
         auto const& t = *s.target;
         if (t.type != e.type || !std::equal(t.shape.begin(), t.shape.end(), e.shape.begin(), e.shape.end()))
-            refuse_match("its tensor " + printable(e.name) + " is " + describe(e.type, e.shape) + ", and the state's is " + describe(t.type, t.shape));
+            refuse_match("its tensor " + printable(e.name) + " is " + describe(e.type, e.shape) + ", and the state's is " +
+                         describe(t.type, t.shape));
         // The file may have changed since its structure was checked.
         if (e.end > outline_.extent.data_bytes()) refuse_file("it changed while it was read");
         if (s.by_own_name) return;

@@ -62,7 +62,8 @@ public:
             at = r.second;
         }
         if (at != out_.extent.data_bytes())
-            refuse_file("its tensors take " + std::to_string(at) + " bytes and the file has " + std::to_string(out_.extent.data_bytes()) + " of data");
+            refuse_file("its tensors take " + std::to_string(at) + " bytes and the file has " + std::to_string(out_.extent.data_bytes()) +
+                        " of data");
         expect_unique(names_, "two tensors have the same name");
         expect_unique(keys_, "a key of the metadata stands there twice");
     }
@@ -117,7 +118,8 @@ inline void expect_whole_header(int fd, safetensors_outline const& outline) {
     if (!expected || *expected != digest_of_header(fd, outline)) refuse_as_not_whole("its header does not fit " + std::string(header_digest_key));
     std::string_view digests = *outline.digests;
     bool well_formed = digests.size() == granule_count(outline.extent.data_bytes()) * digest_digits;
-    for (std::size_t i = 0; well_formed && i < digests.size(); i += digest_digits) well_formed = parse_hex(digests.substr(i, digest_digits)).has_value();
+    for (std::size_t i = 0; well_formed && i < digests.size(); i += digest_digits)
+        well_formed = parse_hex(digests.substr(i, digest_digits)).has_value();
     if (!well_formed) refuse_as_not_whole(std::string(digests_key) + " does not have one digest for each 4 MiB of data");
 }
 

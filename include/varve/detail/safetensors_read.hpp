@@ -45,7 +45,8 @@ inline safetensors_file read_safetensors(int fd) {
         void metadata(std::string const& key, std::string const& value, std::uint64_t) { file.metadata.emplace(key, value); }
     } visitor{out};
     visit_header(fd, out.outline.extent, visitor);
-    std::stable_sort(out.tensors.begin(), out.tensors.end(), [](auto const& a, auto const& b) { return std::tie(a.begin, a.end) < std::tie(b.begin, b.end); });
+    std::stable_sort(out.tensors.begin(), out.tensors.end(),
+                     [](auto const& a, auto const& b) { return std::tie(a.begin, a.end) < std::tie(b.begin, b.end); });
     return out;
 }
 

@@ -135,7 +135,8 @@ inline header_text compose_header(state const& s, std::span<placed_tensor const>
     json += user_metadata_text(values.metadata);
     json += '}';
     std::vector<placed_tensor> in_order(tensors.begin(), tensors.end());
-    std::sort(in_order.begin(), in_order.end(), [](auto const& a, auto const& b) { return std::pair(a.layer, a.tensor) < std::pair(b.layer, b.tensor); });
+    std::sort(in_order.begin(), in_order.end(),
+              [](auto const& a, auto const& b) { return std::pair(a.layer, a.tensor) < std::pair(b.layer, b.tensor); });
     for (auto const& p : in_order) {
         auto const& t = s.layers[p.layer].tensors[p.tensor];
         auto begin = p.offset_bytes - data_offset;

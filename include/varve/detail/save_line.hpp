@@ -62,7 +62,9 @@ struct save_line {
     }
 
     void wake_all() {
-        { std::lock_guard lock(mutex); }
+        {
+            std::lock_guard lock(mutex);
+        }
         copy_work.notify_all();
         layer_copied.notify_all();
         commit_work.notify_all();
@@ -153,7 +155,7 @@ struct save_line {
     /// The next save's, made by the copying thread. In a training that makes and frees small objects by the thousand, a single
     /// allocation of more than a kilobyte costs 0.1 ms: the C library puts all that was freed together first.
     job_ptr spare;
-    std::deque<staged_block> staged;                                  ///< from the copier to the workers
+    std::deque<staged_block> staged;  ///< from the copier to the workers
     std::vector<layer_copies> layers;
     std::size_t writing = 0;  ///< saves whose turn it is
     bool cancelling = false;  ///< what was handed over is not waited for any longer

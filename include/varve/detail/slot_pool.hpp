@@ -1,15 +1,15 @@
 #pragma once
 
+#include <fcntl.h>
+#include <sys/stat.h>
 #include <algorithm>
 #include <cerrno>
 #include <condition_variable>
 #include <cstdint>
-#include <fcntl.h>
 #include <mutex>
 #include <optional>
 #include <stop_token>
 #include <string>
-#include <sys/stat.h>
 #include <thread>
 #include <vector>
 
@@ -79,7 +79,7 @@ public:
     /// Source: fcntl(2), "Leases": a write lease is refused while any other descriptor of the file is open.
     bool is_ours_alone(std::string const& name) {
         file_descriptor fd(calls_.openat(folder_, name.c_str(), O_RDWR | O_NOFOLLOW | O_NONBLOCK, 0), calls_);
-        struct stat info {};
+        struct stat info{};
         if (!fd || calls_.fstat(fd.get(), &info) != 0 || info.st_nlink != 1) return false;
         if (calls_.setlease(fd.get(), F_WRLCK) != 0) return false;
         calls_.setlease(fd.get(), F_UNLCK);
@@ -89,9 +89,10 @@ public:
     /// Takes a file as a free slot if its bytes are ours alone and its size fits; unlinks it otherwise. A symbolic link is
     /// never followed: its file is somebody else's.
     void adopt(std::string const& name, bool written) {
-        struct stat info {};
+        struct stat info{};
         file_descriptor fd(calls_.openat(folder_, name.c_str(), O_RDONLY | O_NOFOLLOW | O_NONBLOCK, 0), calls_);
-        bool fits = slot_bytes_ != 0 && fd && calls_.fstat(fd.get(), &info) == 0 && S_ISREG(info.st_mode) && static_cast<std::uint64_t>(info.st_size) == slot_bytes_;
+        bool fits = slot_bytes_ != 0 && fd && calls_.fstat(fd.get(), &info) == 0 && S_ISREG(info.st_mode) &&
+                    static_cast<std::uint64_t>(info.st_size) == slot_bytes_;
         fd.reset();
         if (fits && is_ours_alone(name))
             put({name, written});

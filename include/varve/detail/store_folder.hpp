@@ -1,16 +1,16 @@
 #pragma once
 
-#include <cstdint>
-#include <cstdio>
 #include <dirent.h>
 #include <fcntl.h>
+#include <sys/stat.h>
+#include <cstdint>
+#include <cstdio>
 #include <filesystem>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
 #include <string_view>
-#include <sys/stat.h>
 #include <vector>
 
 #include "varve/error.hpp"
@@ -47,9 +47,7 @@ inline std::optional<std::uint64_t> step_of_name(std::string_view name, std::str
 }
 
 /// Whether a checkpoint of some format of ours has such a name.
-inline bool is_checkpoint_name(std::string_view name) {
-    return step_of_name(name, ".safetensors") || step_of_name(name, ".pt");
-}
+inline bool is_checkpoint_name(std::string_view name) { return step_of_name(name, ".safetensors") || step_of_name(name, ".pt"); }
 
 /// The names in a folder, but for "." and "..", unsorted.
 inline std::vector<std::string> names_in(int folder) {
@@ -81,7 +79,8 @@ inline std::optional<store_mark> read_mark(int folder, std::filesystem::path con
     auto json = nlohmann::json::parse(text, nullptr, false);
     if (!json.is_object() || !json.contains("varve_store") || !json["varve_store"].is_number_integer())
         throw error(errc::not_a_store, shown.string() + ": its .varve is no mark of a checkpoint store; give another folder");
-    store_mark mark{json["varve_store"].get<int>(), json.contains("made_by") && json["made_by"].is_string() ? json["made_by"].get<std::string>() : ""};
+    store_mark mark{json["varve_store"].get<int>(),
+                    json.contains("made_by") && json["made_by"].is_string() ? json["made_by"].get<std::string>() : ""};
     if (mark.version > store_version)
         throw error(errc::not_a_store, shown.string() + ": a store of version " + std::to_string(mark.version) + ", this varve knows " +
                                            std::to_string(store_version) + "; use a newer varve");
@@ -93,14 +92,16 @@ class store_folder {
 public:
     /// Opens or makes it; every folder that it makes is durable, with its entry in its parent. Throws errc::not_a_store
     /// where somebody else's files are, errc::store_locked where another process writes.
-    store_folder(std::filesystem::path const& path, std::string const& made_by, system_calls& calls) : calls_(&calls), path_(std::filesystem::absolute(path).lexically_normal()) {
+    store_folder(std::filesystem::path const& path, std::string const& made_by, system_calls& calls)
+        : calls_(&calls), path_(std::filesystem::absolute(path).lexically_normal()) {
         make_folders(path_);
         folder_ = open_folder(path_);
         auto mark = read_mark(folder_.get(), path_);
         if (!mark) {
             for (auto const& name : names_in(folder_.get()))
                 if (name != mark_name)
-                    throw error(errc::not_a_store, path_.string() + ": not empty and not a checkpoint store (it holds " + name + "); give an empty or new folder");
+                    throw error(errc::not_a_store,
+                                path_.string() + ": not empty and not a checkpoint store (it holds " + name + "); give an empty or new folder");
         }
         lock();
         if (!mark) write_mark(made_by);
@@ -119,12 +120,14 @@ private:
     }
 
     void make_folders(std::filesystem::path const& p) {
-        struct stat info {};
+        struct stat info{};
         if (p.empty() || ::stat(p.c_str(), &info) == 0) return;
         if (p.has_parent_path() && p.parent_path() != p) make_folders(p.parent_path());
-        if (calls_->mkdir(p.c_str(), 0777) != 0 && errno != EEXIST) throw_if(last_system_error(errno), p.string() + ": cannot create the store's folder");
+        if (calls_->mkdir(p.c_str(), 0777) != 0 && errno != EEXIST)
+            throw_if(last_system_error(errno), p.string() + ": cannot create the store's folder");
         for (auto const& made : {p, p.parent_path()})
-            if (calls_->fsync(open_folder(made).get()) != 0) throw_if(last_system_error(errno), made.string() + ": cannot make the new folder durable");
+            if (calls_->fsync(open_folder(made).get()) != 0)
+                throw_if(last_system_error(errno), made.string() + ": cannot make the new folder durable");
     }
 
     void lock() {

@@ -42,8 +42,8 @@ public:
     void expect_fits(metadata_map const& metadata) const {
         auto size = detail::user_metadata_text(metadata).size();
         if (size > metadata_bytes_)
-            throw error(errc::metadata_too_large, "the metadata takes " + std::to_string(size) + " bytes in the header, which has room for " +
-                                                      std::to_string(metadata_bytes_));
+            throw error(errc::metadata_too_large,
+                        "the metadata takes " + std::to_string(size) + " bytes in the header, which has room for " + std::to_string(metadata_bytes_));
     }
 
     /// The header of an image whose data has these digests, one for each digest_chunk_bytes: exactly image.header_bytes bytes.
@@ -76,8 +76,7 @@ public:
         auto outline = detail::read_outline(fd);
         if (options.check_digests) detail::expect_whole_header(fd, outline);
         auto const tensors = detail::match_state(fd, outline, s, options.model_only);
-        for (auto const& t : tensors)
-            detail::expect_reachable(*t.target, options.device, "cannot restore ");
+        for (auto const& t : tensors) detail::expect_reachable(*t.target, options.device, "cannot restore ");
         if (options.verify_first) detail::verify_whole(fd, outline, options.workers);
         detail::sweep_granules(fd, outline, options.workers, options.check_digests, detail::restore_consumer(tensors, options.device));
         if (options.device) options.device->finish();

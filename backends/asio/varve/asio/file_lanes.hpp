@@ -140,7 +140,8 @@ private:
         if (why == EPERM || why == ENOSYS || why == EACCES)
             throw error(errc::unsupported, "the kernel refuses io_uring, which Boost.Asio's files need: " + code.message() +
                                                "; use the posix sink, or see sysctl kernel.io_uring_disabled and the container's seccomp profile");
-        throw error(code, "cannot set up Boost.Asio's files: " + code.message() + "; check the limits on open files and locked memory (ulimit -n, ulimit -l)");
+        throw error(code, "cannot set up Boost.Asio's files: " + code.message() +
+                              "; check the limits on open files and locked memory (ulimit -n, ulimit -l)");
     }
 
     /// Fills the free lanes with pieces that wait.

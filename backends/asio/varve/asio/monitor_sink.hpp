@@ -32,7 +32,7 @@ struct monitor_sink_options {
     /// Starts a monitor where none can be reached, and returns once it may be tried again; empty: nobody does. Called on
     /// the checkpointer's threads, one at a time.
     std::function<void()> respawn{};
-    std::chrono::milliseconds connect_limit{5'000};   ///< for a connection, and for each message on its way
+    std::chrono::milliseconds connect_limit{5'000};  ///< for a connection, and for each message on its way
     /// For the welcome: opening a store reads its newest checkpoints, and a monitor first finishes what an earlier connection left.
     std::chrono::milliseconds welcome_limit{60'000};
     std::chrono::milliseconds silence_limit{15'000};  ///< a monitor that pings, and then says nothing for so long, is lost

@@ -70,7 +70,8 @@ private:
 
     [[noreturn]] void fail(std::string const& what, int why) const {
         auto const code = last_system_error(why);
-        throw error(code, "shared staging pool of " + std::to_string(size_bytes_) + " bytes: " + what + ": " + code.message() + "; give a smaller pool");
+        throw error(code,
+                    "shared staging pool of " + std::to_string(size_bytes_) + " bytes: " + what + ": " + code.message() + "; give a smaller pool");
     }
 
     std::size_t size_bytes_;

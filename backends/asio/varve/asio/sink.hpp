@@ -22,8 +22,8 @@ using varve::direct_io;
 struct sink_options {
     unsigned queue_depth = 8;  ///< pieces in flight, of all targets together
     direct_io direct = direct_io::automatic;
-    std::size_t block_bytes = 8u << 20;  ///< what limits() calls best
-    std::size_t piece_bytes = 8u << 20;  ///< what one operation of Asio carries; a multiple of 4,096
+    std::size_t block_bytes = 8u << 20;          ///< what limits() calls best
+    std::size_t piece_bytes = 8u << 20;          ///< what one operation of Asio carries; a multiple of 4,096
     boost::asio::io_context* context = nullptr;  ///< the caller's; null: one of the sink's own, with a thread of its own
     system_calls* calls = &system_calls::kernel();
 };

@@ -2,6 +2,7 @@
 
 #include <boost/asio/any_io_executor.hpp>
 
+#include <sys/types.h>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
@@ -12,7 +13,6 @@
 #include <span>
 #include <string>
 #include <string_view>
-#include <sys/types.h>
 #include <system_error>
 #include <vector>
 
@@ -81,7 +81,8 @@ public:
 };
 
 /// Takes `descriptor` (a connected stream socket of either kind; with `tls` a TCP one) over as a stream.
-std::unique_ptr<stream> make_stream(boost::asio::any_io_executor executor, file_descriptor descriptor, std::shared_ptr<tls_context const> tls = nullptr);
+std::unique_ptr<stream> make_stream(boost::asio::any_io_executor executor, file_descriptor descriptor,
+                                    std::shared_ptr<tls_context const> tls = nullptr);
 
 /// Connects, with TLS where `tls` is there, and blocks for at most `limit`; the executor need not run meanwhile. TCP without TLS
 /// goes to a loopback address alone (std::errc::operation_not_permitted otherwise). Throws error with one line: where, why.

@@ -34,9 +34,28 @@ inline constexpr std::uint64_t most_region_bytes = std::uint64_t{1} << 30;
 
 enum class message : std::uint16_t {
     // from the trainer
-    hello = 1, begin, block_ref, block_data, commit, abandon, fetch, status, goodbye, pong,
+    hello = 1,
+    begin,
+    block_ref,
+    block_data,
+    commit,
+    abandon,
+    fetch,
+    status,
+    goodbye,
+    pong,
     // from the monitor
-    welcome = 64, credit, release, crash_safe, durable, failed, image, image_data, status_reply, refusal, ping
+    welcome = 64,
+    credit,
+    release,
+    crash_safe,
+    durable,
+    failed,
+    image,
+    image_data,
+    status_reply,
+    refusal,
+    ping
 };
 
 /// Who sends.
@@ -52,9 +71,9 @@ struct hello {
     static constexpr auto type = message::hello;
     std::uint32_t version = wire::version;
     wire::purpose purpose = wire::purpose::trainer;
-    std::string store;      ///< a path; over TCP a name
-    std::string made_by;    ///< for the mark of a new store
-    std::string extension;  ///< the format's
+    std::string store;          ///< a path; over TCP a name
+    std::string made_by;        ///< for the mark of a new store
+    std::string extension;      ///< the format's
     std::vector<layer> layers;  ///< their addresses are left out
     std::map<std::string, std::string> aliases;
     std::uint64_t image_bytes = 0;

@@ -66,7 +66,8 @@ class page_lock {
 public:
     /// `memory` is aligned to 4,096 bytes. Throws error as page_locked does.
     explicit page_lock(std::span<std::byte> memory) {
-        throw_if(::cudaHostRegister(memory.data(), memory.size(), cudaHostRegisterPortable), "cannot page-lock " + std::to_string(memory.size()) + " bytes");
+        throw_if(::cudaHostRegister(memory.data(), memory.size(), cudaHostRegisterPortable),
+                 "cannot page-lock " + std::to_string(memory.size()) + " bytes");
         data_ = memory.data();
     }
     page_lock(page_lock&& other) noexcept : data_(std::exchange(other.data_, nullptr)) {}

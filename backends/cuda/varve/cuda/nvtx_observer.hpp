@@ -35,18 +35,18 @@ public:
         try {
             auto const save = "save " + std::to_string(e.step);
             switch (e.what) {
-                case milestone::begin: begin(e.step, save); break;
-                case milestone::staged: next_phase(e.step, save + ": written"); break;
-                case milestone::written: next_phase(e.step, save + ": made durable"); break;
-                case milestone::durable:
-                case milestone::failed:
-                case milestone::skipped:
-                case milestone::replaced: end(e.step, save + ": " + std::string(name(e.what))); break;
-                case milestone::layer_ready:
-                case milestone::layer_copied: mark(save + ": " + std::string(name(e.what)) + " " + std::string(e.layer)); break;
-                case milestone::write: mark(save + ": write of " + std::to_string(e.bytes) + " bytes"); break;
-                case milestone::crash_safe: mark(save + ": crash-safe"); break;
-                case milestone::restored: mark(save + ": restored"); break;
+            case milestone::begin: begin(e.step, save); break;
+            case milestone::staged: next_phase(e.step, save + ": written"); break;
+            case milestone::written: next_phase(e.step, save + ": made durable"); break;
+            case milestone::durable:
+            case milestone::failed:
+            case milestone::skipped:
+            case milestone::replaced: end(e.step, save + ": " + std::string(name(e.what))); break;
+            case milestone::layer_ready:
+            case milestone::layer_copied: mark(save + ": " + std::string(name(e.what)) + " " + std::string(e.layer)); break;
+            case milestone::write: mark(save + ": write of " + std::to_string(e.bytes) + " bytes"); break;
+            case milestone::crash_safe: mark(save + ": crash-safe"); break;
+            case milestone::restored: mark(save + ": restored"); break;
             }
         } catch (std::bad_alloc const&) {
             // The profile lacks a name.

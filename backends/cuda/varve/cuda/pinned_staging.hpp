@@ -94,7 +94,8 @@ public:
 
     /// One line: the pool, the snapshots and what GPU memory they take, or why there are none.
     std::string describe() const {
-        return "page-locked memory, " + std::to_string(block_count()) + " blocks of " + std::to_string(block_bytes() >> 20) + " MiB" + describe_snapshots();
+        return "page-locked memory, " + std::to_string(block_count()) + " blocks of " + std::to_string(block_bytes() >> 20) + " MiB" +
+               describe_snapshots();
     }
 
 private:
@@ -119,7 +120,8 @@ private:
 
     static std::shared_ptr<varve::detail::block_pool> lock(std::span<std::byte> memory, std::size_t block_bytes, std::shared_ptr<void> owner) {
         if (memory.size() < block_bytes || reinterpret_cast<std::uintptr_t>(memory.data()) % 4096 != 0)
-            throw error(std::make_error_code(std::errc::invalid_argument), "staging pool: memory must be aligned to 4096 and hold at least one block");
+            throw error(std::make_error_code(std::errc::invalid_argument),
+                        "staging pool: memory must be aligned to 4096 and hold at least one block");
         struct kept {
             std::shared_ptr<void> owner;
             std::vector<page_lock> locks;

@@ -76,7 +76,8 @@ private:
             auto const result = ::cudaEventQuery(s.end);
             if (code_of(result) && result == cudaErrorNotReady) break;
             float ms = 0;
-            if (result == cudaSuccess && !code_of(::cudaEventElapsedTime(&ms, s.begin, s.end))) total_ns_ += s.stands_for * static_cast<std::int64_t>(ms * 1e6F);
+            if (result == cudaSuccess && !code_of(::cudaEventElapsedTime(&ms, s.begin, s.end)))
+                total_ns_ += s.stands_for * static_cast<std::int64_t>(ms * 1e6F);
             free_.push_back(s);
         }
         open_.erase(open_.begin(), open_.begin() + static_cast<std::ptrdiff_t>(over));

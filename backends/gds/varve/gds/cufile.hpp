@@ -61,7 +61,8 @@ struct path_facts {
 inline std::string path_text(path_facts const& f) {
     if (f.forced_compat) return "compatibility mode (CUFILE_FORCE_COMPAT_MODE is set)";
     if (!f.nvidia_fs.empty() && f.device_node) return "nvidia-fs " + f.nvidia_fs;
-    std::string const why = f.nvidia_fs.empty() ? "nvidia-fs is not loaded" : "nvidia-fs " + f.nvidia_fs + " is loaded, but /dev/nvidia-fs0 is not here";
+    std::string const why =
+        f.nvidia_fs.empty() ? "nvidia-fs is not loaded" : "nvidia-fs " + f.nvidia_fs + " is loaded, but /dev/nvidia-fs0 is not here";
     return "compatibility mode (" + why + (f.pci_p2p ? "; PCI P2PDMA where kernel and disk have it)" : ")");
 }
 

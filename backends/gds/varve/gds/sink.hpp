@@ -19,11 +19,11 @@
 namespace varve::gds {
 
 struct sink_options {
-    unsigned writer_threads = 8;           ///< calls of cuFile at once
-    bool direct = true;                    ///< O_DIRECT where the file system gives it; cuFile needs it
-    std::size_t block_bytes = 32u << 20;   ///< what limits() calls best
-    std::size_t stripe_bytes = 4u << 20;   ///< the least that is worth a thread of its own; a multiple of 4,096
-    std::shared_ptr<cufile> gpu = nullptr; ///< empty: cufile::library()
+    unsigned writer_threads = 8;            ///< calls of cuFile at once
+    bool direct = true;                     ///< O_DIRECT where the file system gives it; cuFile needs it
+    std::size_t block_bytes = 32u << 20;    ///< what limits() calls best
+    std::size_t stripe_bytes = 4u << 20;    ///< the least that is worth a thread of its own; a multiple of 4,096
+    std::shared_ptr<cufile> gpu = nullptr;  ///< empty: cufile::library()
     system_calls* calls = &system_calls::kernel();
 };
 
@@ -135,8 +135,8 @@ public:
 
     /// One line: nvidia-fs or compatibility mode, direct or buffered, registered or not, and what cuFile refused.
     std::string describe() const {
-        return options_.gpu->describe() + ", " + std::to_string(pool_->threads()) + " threads, " + pool_->mode.describe() + ", " + pool_->memory.describe() +
-               pool_->refusal();
+        return options_.gpu->describe() + ", " + std::to_string(pool_->threads()) + " threads, " + pool_->mode.describe() + ", " +
+               pool_->memory.describe() + pool_->refusal();
     }
 
 private:

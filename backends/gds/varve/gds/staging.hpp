@@ -44,7 +44,8 @@ public:
     /// multiple of block_unit_bytes. Throws error with the code of CUDA: equal to std::errc::not_enough_memory where the GPU
     /// has no more.
     staging(std::size_t pool_bytes, std::size_t block_bytes, staging_options options = {})
-        : stream_staging(allocate(pool_bytes, block_bytes), options.snapshots, options.snapshot_share, options.measure_waits), own_(std::make_shared<own>(block_bytes)) {}
+        : stream_staging(allocate(pool_bytes, block_bytes), options.snapshots, options.snapshot_share, options.measure_waits),
+          own_(std::make_shared<own>(block_bytes)) {}
 
     using stream_staging::copy;
     token_type copy(buffer_type& into, std::span<copy_range const> ranges, point_type const& after) noexcept {

@@ -38,8 +38,9 @@ public:
     static constexpr bool writes_files = true;
 
     explicit sink(sink_options const& options = {})
-        : options_(options), pool_(std::make_unique<writer_pool>(options.writer_threads, options.stripe_bytes,
-                                                                 options.direct == direct_io::automatic, *options.calls)) {}
+        : options_(options),
+          pool_(std::make_unique<writer_pool>(options.writer_threads, options.stripe_bytes, options.direct == direct_io::automatic, *options.calls)) {
+    }
 
     /// Throws error with the system's code when the file cannot be opened or sized.
     target_type open(open_request const& r) { return {detail::open_file(r, pool_->mode, *options_.calls), *pool_}; }

@@ -16,7 +16,8 @@ class writer_pool {
 public:
     /// Throws std::system_error when a thread cannot be started.
     writer_pool(unsigned threads, std::size_t stripe_bytes, bool direct, system_calls& calls)
-        : mode(direct), calls_(calls), threads_(threads, stripe_bytes, [this] { return [this](detail::file_piece& p) noexcept { return carry_out(p); }; }) {}
+        : mode(direct), calls_(calls),
+          threads_(threads, stripe_bytes, [this] { return [this](detail::file_piece& p) noexcept { return carry_out(p); }; }) {}
 
     /// Nothing may be in flight.
     ~writer_pool() = default;

@@ -56,8 +56,7 @@ public:
         auto const expected = options.check_digests ? expected_digest(fd, directory) : 0;
         auto const match = detail::match_archive(fd, directory, s, options.model_only);
         for (auto const& l : s.layers)
-            for (auto const& t : l.tensors)
-                varve::detail::expect_reachable(t, options.device, "cannot restore ");
+            for (auto const& t : l.tensors) varve::detail::expect_reachable(t, options.device, "cannot restore ");
         if (options.verify_first) verify(fd, options.workers);
         auto const& tensors = match.from_records;
         if (options.check_digests) {
@@ -84,7 +83,9 @@ public:
         std::vector<std::byte> const zeros(piece_bytes);
         for (auto const* t : match.zeros)
             for (std::uint64_t at = 0; at < t->size_bytes(); at += piece_bytes)
-                varve::detail::put(*t, at, std::span(zeros).first(static_cast<std::size_t>(std::min<std::uint64_t>(piece_bytes, t->size_bytes() - at))), options.device);
+                varve::detail::put(*t, at,
+                                   std::span(zeros).first(static_cast<std::size_t>(std::min<std::uint64_t>(piece_bytes, t->size_bytes() - at))),
+                                   options.device);
         if (options.device) options.device->finish();
     }
 

@@ -1,14 +1,14 @@
 #pragma once
 
+#include <liburing.h>
+#include <sys/resource.h>
+#include <sys/uio.h>
 #include <algorithm>
 #include <cerrno>
 #include <cstddef>
 #include <cstdint>
-#include <liburing.h>
 #include <span>
 #include <string>
-#include <sys/resource.h>
-#include <sys/uio.h>
 #include <system_error>
 #include <vector>
 

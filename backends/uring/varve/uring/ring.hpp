@@ -1,18 +1,18 @@
 #pragma once
 
+#include <liburing.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
-#include <liburing.h>
 #include <mutex>
 #include <string>
-#include <sys/eventfd.h>
 #include <system_error>
 #include <thread>
-#include <unistd.h>
 #include <vector>
 
 #include "varve/detail/file_request.hpp"
@@ -100,15 +100,16 @@ private:
         if (why == 0) return;
         auto code = last_system_error(why);
         if (why == EPERM || why == ENOSYS || why == EACCES)
-            throw error(errc::unsupported,
-                        "the kernel refuses io_uring: " + code.message() + "; use the posix sink, or see sysctl kernel.io_uring_disabled and the container's seccomp profile");
+            throw error(errc::unsupported, "the kernel refuses io_uring: " + code.message() +
+                                               "; use the posix sink, or see sysctl kernel.io_uring_disabled and the container's seccomp profile");
         throw error(code, "cannot set up io_uring: " + code.message() + "; check the limits on open files and locked memory (ulimit -n, ulimit -l)");
     }
 
     /// The thread sleeps in the ring: it is woken by a read of the event descriptor that is submitted like any other.
     void wake() noexcept {
         std::uint64_t one = 1;
-        while (::write(wake_.get(), &one, sizeof one) < 0 && errno == EINTR) {}
+        while (::write(wake_.get(), &one, sizeof one) < 0 && errno == EINTR) {
+        }
     }
 
     io_uring_sqe* next_entry() noexcept {

@@ -43,8 +43,8 @@ public:
 
     /// Throws error: errc::unsupported where the kernel refuses io_uring, else the system's code.
     explicit sink(sink_options const& options = {})
-        : options_(options), ring_(std::make_unique<ring>(options.queue_depth, options.piece_bytes, options.direct == direct_io::automatic,
-                                                          *options.calls)) {}
+        : options_(options),
+          ring_(std::make_unique<ring>(options.queue_depth, options.piece_bytes, options.direct == direct_io::automatic, *options.calls)) {}
 
     /// Whether the kernel gives a ring: nothing, or why not (std::errc::operation_not_permitted, function_not_supported, ...).
     static std::error_code available() noexcept { return ring::available(); }

@@ -35,12 +35,12 @@ struct monitor_options {
     /// loopback. Its stores have the names of the folders here.
     std::optional<address> peer{};
     std::shared_ptr<tls_context const> peer_tls{};
-    std::chrono::milliseconds peer_retry{3'000};       ///< between tries to reach it
-    std::chrono::milliseconds peer_farewell{60'000};   ///< what stop() gives it to get the newest, where it is there
+    std::chrono::milliseconds peer_retry{3'000};      ///< between tries to reach it
+    std::chrono::milliseconds peer_farewell{60'000};  ///< what stop() gives it to get the newest, where it is there
     std::chrono::milliseconds hello_limit{5'000};     ///< for the first message
     std::chrono::milliseconds ping_every{3'000};
     std::chrono::milliseconds silence_limit{15'000};  ///< a peer over TCP that says nothing for so long is gone
-    system_calls* calls = &system_calls::kernel();  ///< on the way to disk; replaced in tests
+    system_calls* calls = &system_calls::kernel();    ///< on the way to disk; replaced in tests
     /// Gets one line for what an operator wants to know; on any thread.
     std::function<void(std::string const&)> log;
 };
@@ -49,7 +49,8 @@ struct monitor_options {
 ///
 /// Trainers connect, pass the memory of their staging pools or send blocks as payload, and the monitor writes and commits
 /// their checkpoints. What a trainer handed over whole is committed whatever becomes of it; what it did not is discarded.
-/// Afterwards the newest checkpoint lingers in memory, for a restart. With a peer, what is committed here is sent there too. The protocol is in wire.hpp and in the README.
+/// Afterwards the newest checkpoint lingers in memory, for a restart. With a peer, what is committed here is sent there too. The protocol is in
+/// wire.hpp and in the README.
 ///
 ///     varve::asio::monitor m({.dir = "checkpoints", .listen = {varve::asio::parse_address("unix:/run/varve")}, .memory_limit_bytes = 4u << 30});
 ///     m.run();  // until stop()

@@ -1,11 +1,11 @@
 #pragma once
 
+#include <sys/stat.h>
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <string>
 #include <string_view>
-#include <sys/stat.h>
 #include <unordered_set>
 #include <vector>
 
@@ -42,7 +42,7 @@ class zip_directory {
 public:
     /// Throws errc::malformed.
     explicit zip_directory(int fd) {
-        struct stat info {};
+        struct stat info{};
         if (::fstat(fd, &info) != 0) throw_if(last_system_error(errno), "cannot read the file's size");
         auto const size = static_cast<std::uint64_t>(info.st_size);
         if (size < end_record_bytes) refuse_file("it is too short for a zip file");
