@@ -116,7 +116,9 @@ BOOST_AUTO_TEST_CASE(a_checkpoint_restores_bit_for_bit_into_fresh_objects) {
                 for (bool check : {true, false}) {
                     trained<odd_model> to(which.make, 2, 77);
                     format.expect_same_layout(file.fd(), to.training->state());
-                    format.restore(file.fd(), to.training->state(), {.check_digests = check, .verify_first = check});
+                    auto const said = format.restore(file.fd(), to.training->state(), {.check_digests = check, .verify_first = check});
+                    BOOST_TEST(said.step == (check ? identity.step : 0u));
+                    BOOST_TEST((said.metadata == (check ? identity.metadata : varve::metadata_map{})));
                     to.training->state().restored();
                     BOOST_TEST((contents(to.training->state()) == saved));
                     BOOST_TEST(to.epoch == from.epoch);

@@ -14,6 +14,7 @@
 
 #include "varve/concepts/format.hpp"
 #include "varve/detail/broken_file.hpp"
+#include "varve/detail/restore_file.hpp"
 #include "varve/detail/slot_pool.hpp"
 #include "varve/detail/store_folder.hpp"
 #include "varve/error.hpp"
@@ -154,10 +155,7 @@ public:
         for (auto const& candidate : candidates) {
             try {
                 auto fd = open(candidate.name);
-                auto identity = format_.identify(fd.get());
-                format_.expect_same_layout(fd.get(), s);
-                touched = true;
-                format_.restore(fd.get(), s, options);
+                auto identity = detail::restore_file(format_, fd.get(), s, options, touched);
                 if (s.restored) s.restored();
                 return restored_checkpoint{identity.step, identity.sequence, path() / candidate.name, identity.metadata};
             } catch (error const& e) {

@@ -8,7 +8,7 @@ struct least_stream : varve::file_format {
     varve::checkpoint_identity identify(int) const override { return {}; }
     void verify(int, unsigned) const override {}
     void expect_same_layout(int, varve::state const&) const override {}
-    void restore(int, varve::state&, varve::restore_options const&) const override {}
+    varve::checkpoint_identity restore(int, varve::state&, varve::restore_options const&) const override { return {}; }
     void stream(varve::state const&, varve::commit_values const&, varve::byte_stream&) const {}
 };
 

@@ -117,8 +117,11 @@ BOOST_AUTO_TEST_CASE(what_was_written_is_identified_verified_and_restored_bit_fo
                 ::fsync(fd.get());
                 if (drop_pages) ::posix_fadvise(fd.get(), 0, 0, POSIX_FADV_DONTNEED);
                 format.expect_same_layout(fd.get(), fresh.state);
-                format.restore(fd.get(), fresh.state, {workers, true, verify_first, false});
+                auto const said = format.restore(fd.get(), fresh.state, {workers, true, verify_first, false});
                 BOOST_TEST((fresh.bytes() == before));
+                BOOST_TEST(said.step == 120u);
+                BOOST_TEST(said.sequence == 7u);
+                BOOST_TEST((said.metadata == values.metadata));
             }
     }
 }

@@ -321,6 +321,25 @@ BOOST_AUTO_TEST_CASE(a_checkpoint_that_breaks_while_the_store_is_open_gives_way_
     BOOST_TEST(r.ck.files().broken().front().name == name_of(2));
 }
 
+BOOST_AUTO_TEST_CASE(a_restore_that_fails_says_whether_tensors_may_have_changed) {
+    auto why = [](std::uint64_t broken_at) {
+        temporary_folder dir;
+        run r(dir.path());
+        BOOST_TEST(!r.save(1));
+        r.model.update(2);
+        flip_bit(dir.path() / name_of(1), broken_at);
+        try {
+            r.ck.restore();
+        } catch (varve::error const& e) {
+            BOOST_TEST((e.code() == errc::no_checkpoint));
+            return std::pair(std::string(e.what()).find("undefined") != std::string::npos, r.model.is_of(2));
+        }
+        return std::pair(false, false);
+    };
+    BOOST_TEST((why(40) == std::pair(false, true)), "the header is broken: no tensor changes");
+    BOOST_TEST(why(varve::digest_chunk_bytes + 100).first, "the data is broken");
+}
+
 BOOST_AUTO_TEST_CASE(a_store_with_checkpoints_is_not_started_over_by_accident) {
     temporary_folder dir;
     {

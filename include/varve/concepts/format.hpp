@@ -51,8 +51,9 @@ public:
     /// Names, shapes and dtypes against the state's; errc::mismatch names the first difference.
     virtual void expect_same_layout(int fd, state const& s) const = 0;
     /// Reads the tensors' bytes into the state. Structure and layout are checked before the first byte changes; on a
-    /// later error the tensors are undefined. Does not call state::restored.
-    virtual void restore(int fd, state& s, restore_options const& options) const = 0;
+    /// later error the tensors are undefined. Does not call state::restored. Returns what identify does; nothing where
+    /// no digests are checked, since the file may be other people's.
+    virtual checkpoint_identity restore(int fd, state& s, restore_options const& options) const = 0;
 };
 
 /// Where a streaming format writes to, in order. write throws varve::error.

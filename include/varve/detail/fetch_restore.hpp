@@ -7,6 +7,7 @@
 #include "varve/concepts/format.hpp"
 #include "varve/concepts/relaying_sink.hpp"
 #include "varve/detail/broken_file.hpp"
+#include "varve/detail/restore_file.hpp"
 #include "varve/error.hpp"
 #include "varve/state.hpp"
 #include "varve/store.hpp"
@@ -24,13 +25,11 @@ std::optional<restored_checkpoint> restore_fetched(Sink& sink, file_format const
         auto fetched = sink.fetch(step, skip);
         if (!fetched) break;
         try {
-            auto identity = format.identify(fetched->file.get());
-            if (step && identity.step != *step)
-                throw error(errc::not_whole,
-                            fetched->name + ": of step " + std::to_string(identity.step) + " where " + std::to_string(*step) + " was asked for");
-            format.expect_same_layout(fetched->file.get(), s);
-            touched = true;
-            format.restore(fetched->file.get(), s, options);
+            if (step)
+                if (auto const of = format.identify(fetched->file.get()).step; of != *step)
+                    throw error(errc::not_whole,
+                                fetched->name + ": of step " + std::to_string(of) + " where " + std::to_string(*step) + " was asked for");
+            auto identity = restore_file(format, fetched->file.get(), s, options, touched);
             if (s.restored) s.restored();
             return restored_checkpoint{identity.step, identity.sequence, fetched->name, std::move(identity.metadata)};
         } catch (error const& e) {

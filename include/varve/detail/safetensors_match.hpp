@@ -40,7 +40,9 @@ inline std::string describe(dtype type, std::span<std::int64_t const> shape) {
 /// side. Where a file has a tied parameter under several names, the one that the state stores it under counts.
 class match_visitor {
 public:
-    match_visitor(state const& s, safetensors_outline const& outline, bool model_only) : outline_(outline), model_only_(model_only) {
+    /// `users` gets the user's metadata, if it is not null.
+    match_visitor(state const& s, safetensors_outline const& outline, bool model_only, metadata_map* users)
+        : outline_(outline), model_only_(model_only), users_(users) {
         for (auto const& l : s.layers)
             for (auto const& t : l.tensors)
                 if (counts(t.name)) tensors_.emplace(t.name, slot{&t, std::nullopt, false});
@@ -64,7 +66,9 @@ public:
         }
         take(found->second, e, by_own_name);
     }
-    void metadata(std::string const&, std::string const&, std::uint64_t) noexcept {}
+    void metadata(std::string const& key, std::string const& value, std::uint64_t) {
+        if (users_) keep_users(*users_, key, value);
+    }
 
     /// In the order of the file. Throws errc::mismatch where a tensor of the state was not met.
     std::vector<restored_tensor> finish(state const& s) const {
@@ -115,14 +119,17 @@ private:
 
     safetensors_outline const& outline_;
     bool model_only_;
+    metadata_map* users_;
     std::unordered_map<std::string_view, slot> tensors_;
     std::unordered_map<std::string_view, std::string_view> aliases_;
     std::unordered_multimap<std::string, std::string> other_names_;
 };
 
-/// Where the file has the state's tensors, sorted by offset; throws errc::mismatch naming the first difference.
-inline std::vector<restored_tensor> match_state(int fd, safetensors_outline const& outline, state const& s, bool model_only) {
-    match_visitor visitor(s, outline, model_only);
+/// Where the file has the state's tensors, sorted by offset; throws errc::mismatch naming the first difference. `users` gets the
+/// user's metadata, if it is not null.
+inline std::vector<restored_tensor> match_state(int fd, safetensors_outline const& outline, state const& s, bool model_only,
+                                                metadata_map* users = nullptr) {
+    match_visitor visitor(s, outline, model_only, users);
     visit_header(fd, outline.extent, visitor);
     return visitor.finish(s);
 }

@@ -29,6 +29,11 @@ struct safetensors_outline {
     std::uint64_t header_digest_offset = 0;  ///< of its digits in the file
 };
 
+/// Keeps a pair of metadata that is the user's and not varve's own.
+inline void keep_users(metadata_map& out, std::string const& key, std::string const& value) {
+    if (!key.starts_with(reserved_prefix)) out.emplace(key, value);
+}
+
 /// Keeps 24 bytes a tensor and 8 a metadata key, both less than their text in the header; in deques, since a vector
 /// that grows holds its bytes up to three times.
 class outline_visitor {

@@ -56,33 +56,40 @@ public:
     checkpoint_identity identify(int fd) const override {
         auto outline = detail::read_outline(fd);
         detail::expect_whole_header(fd, outline);
+        auto identity = counts_of(outline);
         struct {
-            metadata_map pairs;
+            metadata_map& pairs;
             void tensor(detail::header_entry const&) noexcept {}
-            void metadata(std::string const& key, std::string const& value, std::uint64_t) {
-                if (!key.starts_with(detail::reserved_prefix)) pairs.emplace(key, value);
-            }
-        } users;
+            void metadata(std::string const& key, std::string const& value, std::uint64_t) { detail::keep_users(pairs, key, value); }
+        } users{identity.metadata};
         detail::visit_header(fd, outline.extent, users);
-        return {detail::parse_count(outline.step, detail::step_key), detail::parse_count(outline.sequence, detail::sequence_key),
-                std::move(users.pairs)};
+        return identity;
     }
 
     void verify(int fd, unsigned workers) const override { detail::verify_whole(fd, detail::read_outline(fd), workers); }
 
     void expect_same_layout(int fd, state const& s) const override { detail::match_state(fd, detail::read_outline(fd), s, false); }
 
-    void restore(int fd, state& s, restore_options const& options) const override {
+    checkpoint_identity restore(int fd, state& s, restore_options const& options) const override {
         auto outline = detail::read_outline(fd);
-        if (options.check_digests) detail::expect_whole_header(fd, outline);
-        auto const tensors = detail::match_state(fd, outline, s, options.model_only);
+        checkpoint_identity identity;
+        if (options.check_digests) {
+            detail::expect_whole_header(fd, outline);
+            identity = counts_of(outline);
+        }
+        auto const tensors = detail::match_state(fd, outline, s, options.model_only, options.check_digests ? &identity.metadata : nullptr);
         for (auto const& t : tensors) detail::expect_reachable(*t.target, options.device, "cannot restore ");
         if (options.verify_first) detail::verify_whole(fd, outline, options.workers);
         detail::sweep_granules(fd, outline, options.workers, options.check_digests, detail::restore_consumer(tensors, options.device));
         if (options.device) options.device->finish();
+        return identity;
     }
 
 private:
+    static checkpoint_identity counts_of(detail::safetensors_outline const& outline) {
+        return {detail::parse_count(outline.step, detail::step_key), detail::parse_count(outline.sequence, detail::sequence_key), {}};
+    }
+
     std::uint64_t metadata_bytes_;
 };
 

@@ -30,16 +30,7 @@ public:
     checkpoint_identity identify(int fd) const override {
         detail::zip_directory directory(fd);
         expected_digest(fd, directory);
-        checkpoint_identity out;
-        out.step = count(fd, directory, detail::step_record);
-        out.sequence = count(fd, directory, detail::sequence_record);
-        auto const metadata = nlohmann::json::parse(detail::text_record(fd, directory, detail::metadata_record), nullptr, false);
-        if (!metadata.is_object()) detail::refuse_file("its record varve/metadata is no JSON object");
-        for (auto const& [key, value] : metadata.items()) {
-            if (!value.is_string()) detail::refuse_file("its record varve/metadata has something else than strings");
-            out.metadata.emplace(key, value.get<std::string>());
-        }
-        return out;
+        return identity_of(fd, directory);
     }
 
     /// One digest runs over all bytes: `workers` makes no difference.
@@ -51,9 +42,10 @@ public:
 
     void expect_same_layout(int fd, state const& s) const override { detail::match_archive(fd, detail::zip_directory(fd), s, false); }
 
-    void restore(int fd, state& s, restore_options const& options) const override {
+    checkpoint_identity restore(int fd, state& s, restore_options const& options) const override {
         detail::zip_directory directory(fd);
         auto const expected = options.check_digests ? expected_digest(fd, directory) : 0;
+        auto identity = options.check_digests ? identity_of(fd, directory) : checkpoint_identity{};
         auto const match = detail::match_archive(fd, directory, s, options.model_only);
         for (auto const& l : s.layers)
             for (auto const& t : l.tensors) varve::detail::expect_reachable(t, options.device, "cannot restore ");
@@ -87,6 +79,7 @@ public:
                                    std::span(zeros).first(static_cast<std::size_t>(std::min<std::uint64_t>(piece_bytes, t->size_bytes() - at))),
                                    options.device);
         if (options.device) options.device->finish();
+        return identity;
     }
 
 private:
@@ -102,6 +95,19 @@ private:
         if (!value || detail::crc32(0, std::as_bytes(std::span(text.data(), text.size()))) != records.back().crc)
             throw error(errc::not_whole, "not a whole checkpoint: its record varve/digest is broken");
         return *value;
+    }
+
+    static checkpoint_identity identity_of(int fd, detail::zip_directory const& directory) {
+        checkpoint_identity out;
+        out.step = count(fd, directory, detail::step_record);
+        out.sequence = count(fd, directory, detail::sequence_record);
+        auto const metadata = nlohmann::json::parse(detail::text_record(fd, directory, detail::metadata_record), nullptr, false);
+        if (!metadata.is_object()) detail::refuse_file("its record varve/metadata is no JSON object");
+        for (auto const& [key, value] : metadata.items()) {
+            if (!value.is_string()) detail::refuse_file("its record varve/metadata has something else than strings");
+            out.metadata.emplace(key, value.get<std::string>());
+        }
+        return out;
     }
 
     static std::uint64_t count(int fd, detail::zip_directory const& directory, std::string_view name) {
