@@ -1,7 +1,7 @@
 # The measurements of bench/gpu, which sources this file. Results: one folder below $logs/bench for each name, with what `varve bench`
 # wrote there and the twin's JSON lines; bench/gpu_table.py makes the table of them.
 
-bench_names=(large large50 standard every-step stall restore monitor monitor-every-step monitor-restart twin loop-standard loop-large50 scenarios 5gb)
+bench_names=(large large50 standard every-step stall restore monitor monitor-every-step monitor-restart twin pairs-standard pairs-large50 pairs-every-step scenarios 5gb)
 repeats=${REPEATS:-3}
 device=${DEVICE:-cuda}
 tiny=${TINY:-0}
@@ -12,15 +12,13 @@ staging=pinned
 standard=(--d-model 512 --num-layers 6 --batch-size 16)
 large=(--d-model 1024 --num-layers 12 --batch-size 8)
 huge=(--d-model 1536 --num-layers 18 --dim-feedforward 3072 --batch-size 4)
-pairs=${PAIRS:-7}
-pair_steps=${PAIR_STEPS:-500}
+pairs=${PAIRS:-30}
 steps=100 stall_steps=${STALL_STEPS:-1500} every_step=300 warmup=10 monitor_steps=60 monitor_repeats=${MONITOR_REPEATS:-7}
 if [[ $tiny == 1 ]]; then
     small=(--d-model 32 --nhead 2 --vocab-size 200 --dim-feedforward 64 --seq-len 8 --batch-size 2 --num-samples 40)
     standard=("${small[@]}" --num-layers 1)
     large=("${small[@]}" --num-layers 2)
     huge=("${small[@]}" --num-layers 3)
-    pair_steps=${PAIR_STEPS:-20}
     steps=50 stall_steps=100 every_step=20 warmup=2 monitor_steps=30 monitor_repeats=1
 fi
 
@@ -36,6 +34,20 @@ varve_bench() {
         --warmup "$warmup" "$@"
     local status=$?
     [[ $status == 0 ]] || { say "  varve bench ($name) ended with $status$([[ $status == 124 ]] && echo ', out of time')"; tail -5 "$folder/varve.log"; }
+    rm -rf "$work/checkpoints/$name"
+    return "$status"
+}
+
+# Pairs of stretches with and without saves into the folder of $1, for at most $2 seconds.
+loop_pairs() {
+    local name=$1 most=$2 folder=$logs/bench/$1
+    shift 2
+    mkdir -p "$folder"
+    measured+=("$name")
+    limited "$most" "$folder/pairs.log" "$build/bench/bench_loop_pairs" --output-dir "$folder" --checkpoint-dir "$work/checkpoints/$name" \
+        --device "$device" --warmup "$warmup" --repeat "$pairs" "$@"
+    local status=$?
+    [[ $status == 0 ]] || { say "  bench_loop_pairs ($name) ended with $status$([[ $status == 124 ]] && echo ', out of time')"; tail -5 "$folder/pairs.log"; }
     rm -rf "$work/checkpoints/$name"
     return "$status"
 }
@@ -82,7 +94,7 @@ runnable() {
 }
 
 run_bench() {
-    local name=$1 start=$SECONDS status=0 i size
+    local name=$1 status=0 i size
     local -a more
     case $name in
     large)
@@ -137,15 +149,18 @@ run_bench() {
             done
         done
         ;;
-    loop-standard)
-        varve_bench loop-standard 400 "${standard[@]}" --num-steps "$pair_steps" --checkpoint-freq 10 --repeat "$pairs" --methods layerwise || status=1
+    pairs-standard) # half of the steps are behind a save: its writes end within the stretch
+        loop_pairs pairs-standard 250 "${standard[@]}" --num-steps 50 --checkpoint-freq 10 --methods layerwise "$staging+async+io_uring" || status=1
         ;;
-    loop-large50)
-        varve_bench loop-large50 500 "${large[@]}" --num-steps "$pair_steps" --checkpoint-freq 50 --repeat "$pairs" --methods layerwise || status=1
+    pairs-large50)
+        loop_pairs pairs-large50 500 "${large[@]}" --num-steps 100 --checkpoint-freq 50 --methods layerwise "$staging+async+io_uring" || status=1
         ;;
-    loop-large50-other)
-        varve_bench loop-large50-other 500 "${large[@]}" --num-steps "$pair_steps" --checkpoint-freq 50 --repeat "$pairs" \
-            --methods "$staging+async+io_uring" || status=1
+    pairs-every-step)
+        mapfile -t more < <(runnable layerwise-monitor)
+        loop_pairs pairs-every-step-standard 150 "${standard[@]}" --num-steps 20 --checkpoint-freq 1 --when-busy replace \
+            --methods "$staging+async+io_uring" layerwise "${more[@]}" || status=1
+        loop_pairs pairs-every-step-large 200 "${large[@]}" --num-steps 20 --checkpoint-freq 1 --when-busy replace \
+            --methods "$staging+async+io_uring" layerwise || status=1
         ;;
     scenarios)
         more=()
@@ -157,11 +172,10 @@ run_bench() {
             --methods traditional traditional-durable layerwise || status=1
         ;;
     *)
-        say "unknown bench '$name'; there are ${bench_names[*]} stall-disk loop-large50-other"
+        say "unknown bench '$name'; there are ${bench_names[*]} stall-disk"
         return 1
         ;;
     esac
-    say "  bench:$name took $((SECONDS - start)) s"
     return "$status"
 }
 

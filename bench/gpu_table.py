@@ -57,7 +57,7 @@ def median_with_interval(values):
 
 class Measured:
     def __init__(self, folder):
-        self.comparisons, self.twins, self.restarts = {}, {}, []
+        self.comparisons, self.twins, self.pairs, self.restarts = {}, {}, {}, []
         for name in sorted(os.listdir(folder) if os.path.isdir(folder) else []):
             inside = os.path.join(folder, name)
             for file in sorted(os.listdir(inside)):
@@ -67,6 +67,9 @@ class Measured:
                 elif file == 'twin.jsonl':
                     with open(os.path.join(inside, file)) as f:
                         self.twins[name] = [json.loads(line) for line in f]
+                elif file == 'pairs.log':
+                    with open(os.path.join(inside, file)) as f:
+                        self.pairs[name] = [json.loads(line) for line in f if line.startswith('{')]
                 elif file == 'restart.log':
                     with open(os.path.join(inside, file)) as f:
                         self.restarts = [(float(line.split('(')[-1].split()[0]), 'memory' in line) for line in f]
@@ -132,6 +135,17 @@ def twin_tables(m, names):
                     ['method', 'drained s', 'loop s', 'step ms', 'save ms', 'p99', 'latency', 'GB/s', 'runs'], rows)
 
 
+def pairs_tables(m, names):
+    for name, methods in m.pairs.items():
+        if not methods or (names and name not in names):
+            continue
+        rows = [[r['method'], r['loop_over_none'], *r['interval_95'], r['step_ms']['without'], r['step_ms']['with'], r['in_calls_ms']['with'],
+                 r['training_threads_ran_ms']['without'], r['training_threads_ran_ms']['with'], r['other_threads_ran_ms']['with'], r['saves'], r['durable']]
+                for r in methods]
+        print_table(f'{name}: {methods[0]["pairs"]} pairs of {methods[0]["steps"]} steps, a save every {methods[0]["checkpoint_freq"]}; ms a step',
+                    ['method', 'x none', 'from', 'to', 'none', 'with', 'in calls', 'ran, none', 'with', 'others ran', 'saves', 'durable'], rows)
+
+
 def repeats(document, key):
     """A method's runs, also where there was one."""
     result = document['results'][key]
@@ -172,14 +186,10 @@ def targets(m):
         bases = [v for v in (m.result('large', key, 'drained_time_sec'), m.twin('peers-large-10', method, 'drained_sec')) if v]
         if layerwise and bases:
             add(f'large: throughput over {SHORT[key]} (the faster of {len(bases)})', min(bases) / layerwise, factor, True)
-    for name in ('loop-large50', 'loop-large50-other', 'loop-standard'):
-        document = m.newest(name)
-        for key, r in (document['results'].items() if document else ()):
-            nones = at(document['results'], f'{NONE}.repeats')
-            if key == NONE or not nones:
-                continue
-            middle, low, high = median_with_interval([a['loop_time_sec'] / b['loop_time_sec'] for a, b in zip(r['repeats'], nones)])
-            add(f'{name}: {SHORT.get(key, key)} loop over none ({len(nones)} pairs, {low:.4f} to {high:.4f})', middle, 1.01)
+    for name, limit in (('pairs-standard', 1.01), ('pairs-large50', 1.01), ('pairs-every-step-standard', 1.03), ('pairs-every-step-large', 1.05)):
+        for r in m.pairs.get(name, []):
+            low, high = r['interval_95']
+            add(f'{name}: {r["method"]} loop over none ({r["pairs"]} pairs, {low:.4f} to {high:.4f})', r['loop_over_none'], limit)
     for name in ('stall', 'stall-disk'):
         for key in (m.newest(name) or {'results': {}})['results']:
             for path, limit in (('stall.p50_ms', 0.1), ('stall.p99_ms', 1), ('stall.gpu_wait_ms', 0.1)):
@@ -217,6 +227,7 @@ def main():
     m = Measured(sys.argv[1])
     comparison_tables(m, sys.argv[2:])
     twin_tables(m, sys.argv[2:])
+    pairs_tables(m, sys.argv[2:])
     for name, documents in m.comparisons.items():
         if 'limits' in documents[-1]:
             print(f'\nlimits of this machine (run {name}): ' + json.dumps(documents[-1]['limits']))
