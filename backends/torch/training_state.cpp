@@ -1,14 +1,12 @@
 #include "varve/torch/training_state.hpp"
 
 #include <ATen/ATen.h>
-#include <ATen/CPUGeneratorImpl.h>
 #include <torch/nn/module.h>
 
 #include <algorithm>
 #include <array>
-#include <cstring>
 #include <deque>
-#include <mutex>
+#include <optional>
 #include <set>
 #include <span>
 #include <unordered_map>
@@ -16,6 +14,7 @@
 
 #include "layerwise_lists.hpp"
 #include "optimizer_state.hpp"
+#include "random_state.hpp"
 #include "tensor_description.hpp"
 
 namespace varve::libtorch {
@@ -25,9 +24,6 @@ using detail::described, detail::watched_tensor;
 namespace {
 
 varve::tensor scalar(std::string name, varve::dtype type, void* data) { return {std::move(name), type, {}, data, {}}; }
-
-/// Of a generator's state, which is bytes in host memory and as long as ever: without LibTorch's dispatcher, which costs more.
-void copy_bytes(::at::Tensor const& from, ::at::Tensor const& to) { std::memcpy(to.data_ptr(), from.data_ptr(), to.nbytes()); }
 
 }  // namespace
 
@@ -69,18 +65,6 @@ struct training_state::parts {
         bool parameter;
     };
 
-    /// All that a generator on the CPU draws from.
-    struct engine_state {
-        ::at::mt19937_data_pod engine;
-        decltype(std::declval<::at::CPUGeneratorImpl&>().next_float_normal_sample()) next_float;
-        decltype(std::declval<::at::CPUGeneratorImpl&>().next_double_normal_sample()) next_double;
-
-        bool is(::at::mt19937_data_pod const& e, ::at::CPUGeneratorImpl& g) const {
-            return e.seed_ == engine.seed_ && e.left_ == engine.left_ && e.seeded_ == engine.seeded_ && e.next_ == engine.next_ &&
-                   e.state_ == engine.state_ && g.next_float_normal_sample() == next_float && g.next_double_normal_sample() == next_double;
-        }
-    };
-
     parts(::torch::optim::Optimizer& o, training_state_options given) : optimizer(o), options(given), access(detail::optimizer_access::of(o)) {}
 
     ::torch::optim::Optimizer& optimizer;
@@ -96,10 +80,7 @@ struct training_state::parts {
     std::vector<option> group_options;
     std::vector<bound<std::int64_t>> user_integers;
     std::vector<bound<double>> user_reals;
-    ::at::Tensor rng;
-    ::at::Tensor rng_now;  ///< what the generator gave when it was last asked, and
-    engine_state engine_of_rng_now;
-    std::vector<std::pair<::at::Generator, ::at::Tensor>> gpu_rngs;  ///< of the devices that the module is on
+    std::optional<detail::random_state> generators;
     std::vector<std::size_t> group_sizes;
 
     // Mirrors of what is no tensor; a deque's elements stay where they are.
@@ -214,19 +195,10 @@ void training_state::parts::add_run(varve::state& s) {
     s.layers.push_back({"run", {}});
     auto const run = s.layers.size() - 1;
     if (options.rng) {
-        auto generator = ::at::detail::getDefaultCPUGenerator();
-        std::lock_guard lock(generator.mutex());
-        rng = generator.get_state();
-        s.layers[run].tensors.push_back(described("rng.cpu", rng));
         std::set<::c10::DeviceIndex> gpus;
         for (auto const& p : parameters)
             if (p.tensor.is_cuda()) gpus.insert(p.tensor.device().index());
-        for (auto index : gpus) {
-            auto of_gpu = ::at::globalContext().defaultGenerator(::at::Device(::at::kCUDA, index));
-            std::lock_guard gpu_lock(of_gpu.mutex());
-            gpu_rngs.emplace_back(of_gpu, of_gpu.get_state());
-            s.layers[run].tensors.push_back(described("rng.cuda." + std::to_string(static_cast<int>(index)), gpu_rngs.back().second));
-        }
+        generators.emplace(gpus, s.layers[run]);
     }
     for (std::size_t g = 0; g < group_sizes.size(); ++g)
         for (auto& o : access->options(g)) {
@@ -311,47 +283,12 @@ void training_state::parts::refresh(std::size_t layer, std::size_t run) {
     for (auto const& o : group_options) *o.copy = o.access.get();
     for (auto const& u : user_integers) *u.copy = *u.live;
     for (auto const& u : user_reals) *u.copy = *u.live;
-    if (rng.defined()) {
-        auto generator = ::at::detail::getDefaultCPUGenerator();
-        std::lock_guard lock(generator.mutex());
-        auto* const cpu = ::at::check_generator<::at::CPUGeneratorImpl>(generator);
-        auto const engine = cpu->engine().data();
-        // In a training on a GPU nothing draws on it, and its state of 5 kB costs an allocation of that size: 0.1 ms.
-        if (!rng_now.defined() || !engine_of_rng_now.is(engine, *cpu)) {
-            rng_now = generator.get_state();
-            engine_of_rng_now = {engine, cpu->next_float_normal_sample(), cpu->next_double_normal_sample()};
-        }
-        copy_bytes(rng_now, rng);
-    }
-    for (auto& [generator, copy] : gpu_rngs) {
-        std::lock_guard lock(generator.mutex());
-        try {
-            copy_bytes(generator.get_state(), copy);
-        } catch (::c10::Error const&) {
-            throw error(errc::unsupported, "the state of a GPU's generator cannot be read now: the stream is being captured, or the GPU has failed");
-        }
-    }
+    if (generators) generators->refresh();
 }
 
 void training_state::parts::restored() {
     ::at::NoGradGuard no_grad;
-    if (rng.defined()) {
-        try {
-            auto generator = ::at::detail::getDefaultCPUGenerator();
-            std::lock_guard lock(generator.mutex());
-            generator.set_state(rng);
-        } catch (::c10::Error const&) {
-            throw error(errc::malformed, "the checkpoint's rng.cpu is no state of LibTorch's generator");
-        }
-    }
-    for (auto& [generator, copy] : gpu_rngs) {
-        try {
-            std::lock_guard lock(generator.mutex());
-            generator.set_state(copy);
-        } catch (::c10::Error const&) {
-            throw error(errc::malformed, "the checkpoint's rng.cuda is no state of LibTorch's generator");
-        }
-    }
+    if (generators) generators->restore();
     for (auto const& m : mirrors) {
         auto live = m.live.detach();
         live.copy_(m.copy);
