@@ -10,6 +10,7 @@
 #include "varve/detail/text.hpp"
 
 #include "session.hpp"
+#include "store_path.hpp"
 #include "transport/addresses.hpp"
 
 namespace varve::asio::server {
@@ -17,7 +18,6 @@ namespace varve::asio::server {
 namespace {
 
 constexpr std::size_t most_sessions = 256;
-constexpr std::size_t most_name_bytes = 255;
 /// With `once`: for how long nobody may come before it ends.
 constexpr std::chrono::seconds first_trainer_limit{60};
 /// For a connection to end whose process has.
@@ -29,7 +29,7 @@ std::string megabytes(std::uint64_t bytes) { return std::to_string((bytes + 999'
 
 core::core(monitor_options options)
     : options_(std::move(options)), work_(context_.get_executor()), first_trainer_(context_), farewell_(context_),
-      budget_(options_.memory_limit_bytes) {}
+      budget_(options_.memory_limit_bytes), lingering_(budget_) {}
 core::~core() = default;
 
 void core::listen() {
@@ -103,7 +103,6 @@ void core::stop() {
         if (std::exchange(stopping_, true)) return;
         all.assign(sessions_.begin(), sessions_.end());
         waiting_.clear();
-        for (auto& [path, l] : lingering_) l.timer->cancel();
         lingering_.clear();
         first_trainer_.cancel();
         for (auto* asks : asking_) asks->cancel();
@@ -150,22 +149,9 @@ void core::look_if_over() {
 
 // ---- stores ----
 
-std::filesystem::path core::path_of(std::string const& store, bool over_network) const {
-    auto refuse = [&](char const* why) -> std::filesystem::path {
-        throw error(std::make_error_code(std::errc::invalid_argument), "the store '" + varve::detail::printable(store) + "' " + why);
-    };
-    bool const control = std::any_of(store.begin(), store.end(), [](char c) { return static_cast<unsigned char>(c) < 0x20 || c == 0x7F; });
-    if (store.empty() || control || !varve::detail::is_utf8(store)) return refuse("has no name that a folder can have");
-    if (!over_network && store.front() == '/') return std::filesystem::weakly_canonical(store);
-    if (store.find('/') != std::string::npos || store == "." || store == ".." || store.size() > most_name_bytes)
-        return refuse(over_network ? "must be a name below the monitor's --dir: no path"
-                                   : "must be an absolute path, or a name below the monitor's --dir");
-    return std::filesystem::weakly_canonical(options_.dir / store);
-}
-
 void core::attach(wire::hello hello, std::vector<file_descriptor> regions, bool over_network, attached call) {
     if (hello.purpose == wire::purpose::status) return call.good(nullptr, {});
-    auto const path = path_of(hello.store, over_network);
+    auto const path = store_path(options_.dir, hello.store, over_network);
     if (hello.purpose == wire::purpose::trainer) held_store::expect_sense(hello);
     std::unique_lock lock(mutex_);
     if (stopping_) throw error(errc::cancelled, "the monitor is ending");
@@ -176,7 +162,7 @@ void core::attach(wire::hello hello, std::vector<file_descriptor> regions, bool 
     }
     if (hello.purpose == wire::purpose::trainer) return attach_trainer(path, std::move(hello), std::move(regions), std::move(call));
     wire::welcome answer;
-    if (auto it = lingering_.find(path); it != lingering_.end()) answer.memory_step = it->second.image->step;
+    if (auto const* kept = lingering_.find(path)) answer.memory_step = kept->step;
     call.good(nullptr, answer);
 }
 
@@ -247,7 +233,7 @@ void core::attach_trainer(std::filesystem::path const& path, wire::hello hello, 
     hooks.became_durable = [in_map, path](std::uint64_t step, std::uint64_t sequence) {
         in_map([path, step, sequence](core& in, std::shared_ptr<held_store> const&) {
             std::lock_guard lock(in.mutex_);
-            in.drop_lingering(path);
+            in.lingering_.drop(path);
             if (auto it = in.replicas_.find(path); it != in.replicas_.end()) it->second->offer({step, sequence});
         });
     };
@@ -255,7 +241,7 @@ void core::attach_trainer(std::filesystem::path const& path, wire::hello hello, 
         auto const core = self.lock();
         if (!core) return std::nullopt;
         std::lock_guard lock(core->mutex_);
-        core->make_room(path, bytes);
+        core->lingering_.make_room(path, bytes);
         return core->budget_.take(bytes);
     };
     hooks.ended = [in_map, path, let_go = call.let_go](std::unique_ptr<kept_image> kept) {
@@ -275,16 +261,6 @@ void core::attach_trainer(std::filesystem::path const& path, wire::hello hello, 
     first_trainer_.cancel();
 }
 
-/// With the mutex held. What lingers and is on disk too gives way.
-void core::make_room(std::filesystem::path const& path, std::uint64_t bytes) {
-    if (budget_.free_bytes() >= bytes) return;
-    if (auto it = lingering_.find(path); it != lingering_.end() && it->second.image->durable) drop_lingering(path);
-    for (auto it = lingering_.begin(); it != lingering_.end() && budget_.free_bytes() < bytes;) {
-        auto const& [other, l] = *it++;
-        if (l.image->durable) drop_lingering(std::filesystem::path(other));
-    }
-}
-
 /// With the mutex held.
 memory_budget::lease core::take_memory(std::filesystem::path const& path, wire::hello const& hello) {
     std::uint64_t least = 0, most = 0;
@@ -296,7 +272,7 @@ memory_budget::lease core::take_memory(std::filesystem::path const& path, wire::
     }
     // Blocks that come as payload may have less; what sends copies to the peer has its memory beside them.
     auto const beside = options_.peer && !hello.relayed ? replica::memory_bytes : 0;
-    make_room(path, most + beside);
+    lingering_.make_room(path, most + beside);
     auto const free = budget_.free_bytes();
     auto lease = budget_.take(std::clamp(free - std::min(beside, free), least, most));
     if (!lease)
@@ -316,8 +292,8 @@ void core::store_opened(std::filesystem::path const& path, std::shared_ptr<held_
     {
         std::lock_guard lock(mutex_);
         // Not before: one that is refused changes nothing.
-        if (fresh) drop_lingering(path);
-        if (auto it = lingering_.find(path); it != lingering_.end()) w.memory_step = it->second.image->step;
+        if (fresh) lingering_.drop(path);
+        if (auto const* kept = lingering_.find(path)) w.memory_step = kept->step;
         if (options_.peer && !store->trained().relayed) replicate(path, store->trained(), found);
     }
     log(path.string() + ": opened for " + call.peer);
@@ -335,7 +311,7 @@ void core::replicate(std::filesystem::path const& path, wire::hello const& run, 
     // The core outlives its replicas.
     s.memory = [this, path] {
         std::lock_guard lock(mutex_);
-        make_room(path, replica::memory_bytes);
+        lingering_.make_room(path, replica::memory_bytes);
         return budget_.take(replica::memory_bytes);
     };
     s.log = [this](std::string const& line) { log(line); };
@@ -377,20 +353,16 @@ void core::store_closed(std::filesystem::path const& path, std::unique_ptr<kept_
         }
         if (kept && !stopping_) {
             log(path.string() + ": the checkpoint of step " + std::to_string(kept->step) + " lingers in memory");
-            drop_lingering(path);
-            auto timer = std::make_shared<boost::asio::steady_timer>(context_, options_.linger);
+            auto timer = lingering_.keep(path, std::move(kept), context_, options_.linger);
             timer->async_wait([weak = weak_from_this(), path, timer](boost::system::error_code ec) {
                 auto const self = weak.lock();
                 if (ec || !self) return;
                 {
                     std::lock_guard inner(self->mutex_);
-                    auto it = self->lingering_.find(path);
-                    if (it == self->lingering_.end() || it->second.timer != timer) return;
-                    self->lingering_.erase(it);
+                    if (!self->lingering_.end(path, timer)) return;
                 }
                 self->look_if_over();
             });
-            lingering_.emplace(path, lingering{std::move(kept), std::move(timer)});
         }
         std::erase_if(waiting_, [&](auto& w) {
             if (w.path != path) return false;
@@ -402,14 +374,6 @@ void core::store_closed(std::filesystem::path const& path, std::unique_ptr<kept_
     gone.reset();
     for (auto const& call : again) call();
     look_if_over();
-}
-
-/// With the mutex held.
-void core::drop_lingering(std::filesystem::path const& path) {
-    auto it = lingering_.find(path);
-    if (it == lingering_.end()) return;
-    it->second.timer->cancel();
-    lingering_.erase(it);
 }
 
 }  // namespace varve::asio::server

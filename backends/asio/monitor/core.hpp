@@ -21,6 +21,7 @@
 
 #include "held_store.hpp"
 #include "kept_image.hpp"
+#include "lingering_images.hpp"
 #include "memory_budget.hpp"
 #include "replica.hpp"
 
@@ -78,22 +79,16 @@ public:
                           std::function<void(std::optional<found_image>)> good, std::function<void(error const&)> refused);
 
 private:
-    struct lingering {
-        std::unique_ptr<kept_image> image;
-        std::shared_ptr<boost::asio::steady_timer> timer;
-    };
     struct waiting {
         std::filesystem::path path;
         std::uint64_t id = 0;
         std::function<void()> again;
     };
 
-    std::filesystem::path path_of(std::string const& store, bool over_network) const;
     void accept(std::size_t listener);
     void wait_for_store(std::filesystem::path const& path, bool busy, wire::hello hello, std::vector<file_descriptor> regions, bool over_network,
                         attached call);
     void attach_trainer(std::filesystem::path const& path, wire::hello hello, std::vector<file_descriptor> regions, attached call);
-    void make_room(std::filesystem::path const& path, std::uint64_t bytes);
     memory_budget::lease take_memory(std::filesystem::path const& path, wire::hello const& hello);
     void store_opened(std::filesystem::path const& path, std::shared_ptr<held_store> const& store, opened_store const& found, bool fresh,
                       attached const& call);
@@ -102,7 +97,6 @@ private:
     std::vector<std::uint64_t> steps_here(std::filesystem::path const& path, held_store const* held);
     std::optional<found_image> find_at_either(std::filesystem::path const& path, held_store const* held, wire::fetch const& what);
     void store_closed(std::filesystem::path const& path, std::unique_ptr<kept_image> kept);
-    void drop_lingering(std::filesystem::path const& path);
     void look_if_over();
 
     monitor_options const options_;
@@ -116,7 +110,7 @@ private:
     mutable std::mutex mutex_;
     std::set<std::shared_ptr<session>> sessions_;
     std::map<std::filesystem::path, std::shared_ptr<held_store>> stores_;
-    std::map<std::filesystem::path, lingering> lingering_;
+    lingering_images lingering_;
     std::map<std::filesystem::path, std::shared_ptr<replica>> replicas_;  ///< of stores that have been open, with a peer
     std::set<client::relay*> asking_;                                     ///< the peer, for somebody
     std::vector<waiting> waiting_;

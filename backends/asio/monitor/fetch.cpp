@@ -5,12 +5,11 @@
 #include <unistd.h>
 #include <algorithm>
 #include <cerrno>
-#include <nlohmann/json.hpp>
 
 #include "varve/detail/store_folder.hpp"
-#include "varve/detail/text.hpp"
 #include "varve/format/safetensors.hpp"
-#include "varve/version.hpp"
+
+#include "store_path.hpp"
 
 namespace varve::asio::server {
 
@@ -76,7 +75,7 @@ auto looked_up(Look look) {
 
 /// What lingers in memory comes first, though it may be on disk too: a copy that turns out broken leaves the other.
 std::optional<found_image> core::find(std::string const& store, bool over_network, held_store const* held, wire::fetch const& what) {
-    return find_here(path_of(store, over_network), held, what);
+    return find_here(store_path(options_.dir, store, over_network), held, what);
 }
 
 std::optional<found_image> core::find_here(std::filesystem::path const& path, held_store const* held, wire::fetch const& what) {
@@ -84,13 +83,12 @@ std::optional<found_image> core::find_here(std::filesystem::path const& path, he
     auto skip = what.skip;
     {
         std::lock_guard lock(mutex_);
-        auto it = lingering_.find(path);
-        if (it != lingering_.end() && (!step || it->second.image->step == *step) && skip-- == 0) {
-            auto const& kept = *it->second.image;
+        auto const* kept = lingering_.find(path);
+        if (kept && (!step || kept->step == *step) && skip-- == 0) {
             // Open anew, so that nobody gets a descriptor through which it can be changed.
-            auto fd = open_to_read("/proc/self/fd/" + std::to_string(kept.memory.get()));
+            auto fd = open_to_read("/proc/self/fd/" + std::to_string(kept->memory.get()));
             if (!fd) throw_if(last_system_error(errno), "cannot open the checkpoint in memory");
-            return found_image{kept.step, kept.sequence, kept.size_bytes, true, "the monitor's memory", std::move(fd)};
+            return found_image{kept->step, kept->sequence, kept->size_bytes, true, "the monitor's memory", std::move(fd)};
         }
     }
     return looked_up([&] { return find_on_disk(path, held, step, skip); });
@@ -100,46 +98,10 @@ std::vector<std::uint64_t> core::steps_here(std::filesystem::path const& path, h
     std::vector<std::uint64_t> out;
     {
         std::lock_guard lock(mutex_);
-        if (auto it = lingering_.find(path); it != lingering_.end()) out.push_back(it->second.image->step);
+        if (auto const* kept = lingering_.find(path)) out.push_back(kept->step);
     }
     for (auto const& c : looked_up([&] { return held ? held->checkpoints() : checkpoints_in(path); })) out.push_back(c.step);
     return out;
-}
-
-std::string core::status() const {
-    nlohmann::json out;
-    out["version"] = VARVE_VERSION;
-    out["pid"] = ::getpid();
-    out["dir"] = varve::detail::printable(options_.dir.string());
-    for (auto const& at : where_) out["listen"].push_back(varve::detail::printable(at.text()));
-    out["memory_limit_bytes"] = budget_.limit_bytes();
-    out["memory_used_bytes"] = budget_.used_bytes();
-    out["stores"] = nlohmann::json::array();
-    std::lock_guard lock(mutex_);
-    out["connections"] = sessions_.size();
-    for (auto const& [path, store] : stores_) {
-        nlohmann::json one{{"path", varve::detail::printable(path.string())}, {"trainer", store->has_trainer()}};
-        store->describe(one);
-        out["stores"].push_back(std::move(one));
-    }
-    if (options_.peer) {
-        auto& peer = out["peer"];
-        peer["address"] = varve::detail::printable(options_.peer->text());
-        peer["tls"] = options_.peer_tls != nullptr;
-        peer["stores"] = nlohmann::json::array();
-        for (auto const& [path, copy] : replicas_) copy->describe(peer["stores"].emplace_back());
-    }
-    for (auto const& [path, l] : lingering_) {
-        if (!out.contains("lingering")) out["lingering"] = nlohmann::json::array();
-        auto const left = std::chrono::duration<double>(l.timer->expiry() - std::chrono::steady_clock::now()).count();
-        out["lingering"].push_back({{"path", varve::detail::printable(path.string())},
-                                    {"step", l.image->step},
-                                    {"sequence", l.image->sequence},
-                                    {"bytes", l.image->size_bytes},
-                                    {"durable", l.image->durable},
-                                    {"seconds_left", std::max(0.0, left)}});
-    }
-    return out.dump();
 }
 
 }  // namespace varve::asio::server

@@ -10,6 +10,8 @@
 #include "client/relay.hpp"
 #include "varve/detail/text.hpp"
 
+#include "store_path.hpp"
+
 namespace varve::asio::server {
 
 namespace {
@@ -34,7 +36,7 @@ file_descriptor read_only(file_descriptor const& fd) {
 
 void core::find_at_peer_too(std::string const& store, bool over_network, std::shared_ptr<held_store> held, wire::fetch const& what,
                             std::function<void(std::optional<found_image>)> good, std::function<void(error const&)> refused) {
-    auto const path = path_of(store, over_network);
+    auto const path = store_path(options_.dir, store, over_network);
     std::lock_guard lock(mutex_);
     if (stopping_) throw error(errc::cancelled, "the monitor is ending");
     if (!askers_) askers_.emplace(asked_at_once);
