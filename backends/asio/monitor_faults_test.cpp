@@ -72,6 +72,13 @@ struct moody_workplace {
     ~moody_workplace() { disk.go_on(); }
 
     moody_trainer trainer(std::size_t images) { return {place.monitor->where(), images}; }
+    /// The trainer's first save becomes crash-safe, and nothing of it is on disk until that goes on.
+    void save_held_up(raw_trainer& t) {
+        t.greet();
+        disk.hold_up();
+        t.save(1, 1);
+        t.peer.expect<wire::crash_safe>();
+    }
     bool trainer_is_gone() {
         return place.becomes([](auto const& s) { return s["stores"].empty() || s["stores"][0]["trainer"] == false; });
     }
@@ -149,10 +156,7 @@ BOOST_AUTO_TEST_CASE(what_was_crash_safe_lingers_though_the_disk_is_full) {
     for (std::size_t images : {0, 2}) {
         moody_workplace w(true, 20s);
         auto t = w.trainer(images);
-        t.greet();
-        w.disk.hold_up();
-        t.save(1, 1);
-        t.peer.expect<wire::crash_safe>();
+        w.save_held_up(t);
         w.disk.wait_for_write();
         t.peer.close();
         BOOST_TEST_REQUIRE(w.trainer_is_gone());
@@ -209,10 +213,7 @@ BOOST_AUTO_TEST_CASE(a_trainer_that_comes_back_is_welcomed_only_after_the_writes
     for (std::size_t images : {0, 2}) {
         moody_workplace w;
         auto t = w.trainer(images);
-        t.greet();
-        w.disk.hold_up();
-        t.save(1, 1);
-        t.peer.expect<wire::crash_safe>();
+        w.save_held_up(t);
         t.begin(2, 2);
         t.send_block(2, 0, t.plans.size());
         w.disk.wait_for_write();
@@ -233,10 +234,7 @@ BOOST_AUTO_TEST_CASE(a_trainer_that_comes_back_is_welcomed_only_after_the_writes
 BOOST_AUTO_TEST_CASE(stop_in_mid_write_commits_what_is_crash_safe_and_discards_the_rest) {
     moody_workplace w;
     auto t = w.trainer(2);
-    t.greet();
-    w.disk.hold_up();
-    t.save(1, 1);
-    t.peer.expect<wire::crash_safe>();
+    w.save_held_up(t);
     t.begin(2, 2);
     t.send_block(2, 0, t.plans.size());
     w.disk.wait_for_write();

@@ -30,6 +30,17 @@ struct two_monitors {
     workplace there, here;
 };
 
+/// A monitor whose peer the test plays, and a trainer that it has welcomed.
+struct played_peer {
+    fake_monitor peer;
+    workplace here{true, [this](auto& o) {
+                       o.peer = peer.where();
+                       o.peer_retry = 20ms;
+                   }};
+    raw_trainer t = here.trainer(1);
+    wire::welcome const welcome = t.greet();
+};
+
 /// Saves the step and waits for it.
 void saves(raw_trainer& t, std::uint64_t step, std::size_t image = 0) {
     t.save(step, step, image);
@@ -179,40 +190,26 @@ BOOST_AUTO_TEST_CASE(a_peer_that_is_away_is_told_of_once_and_gets_the_newest_whe
     BOOST_TEST(!std::filesystem::exists(there->file(2)));
 }
 
-BOOST_AUTO_TEST_CASE(a_peer_that_dies_in_mid_save_gets_the_whole_of_it_again) {
-    fake_monitor dies;
-    workplace here(true, [&](auto& o) {
-        o.peer = dies.where();
-        o.peer_retry = 20ms;
-    });
-    auto t = here.trainer(1);
-    t.greet();
-    auto peer = dies.accept();
-    peer->greet({1, 0, 0, 0, 64u << 10});
+BOOST_FIXTURE_TEST_CASE(a_peer_that_dies_in_mid_save_gets_the_whole_of_it_again, played_peer) {
+    auto connection = peer.accept();
+    connection->greet({1, 0, 0, 0, 64u << 10});
     saves(t, 1);
-    peer->expect<wire::begin>();
-    peer->expect<wire::block_data>();
-    peer.reset();
+    connection->expect<wire::begin>();
+    connection->expect<wire::block_data>();
+    connection.reset();
     saves(t, 2);
     BOOST_TEST(here.becomes([](auto const& s) { return s["peer"]["stores"][0].value("step", 0) == 2; }));
-    peer = dies.accept();
-    auto const hello = peer->greet({1, 0, 0, 0, 1u << 30});
-    auto const whole = peer->take_save(hello);
+    connection = peer.accept();
+    auto const hello = connection->greet({1, 0, 0, 0, 1u << 30});
+    auto const whole = connection->take_save(hello);
     BOOST_TEST(whole.begin.step == 2u);
     t.set(2);
     BOOST_TEST(whole.commit.chunk_digests == t.digests(), boost::test_tools::per_element());
-    peer->finish(whole, 1);
+    connection->finish(whole, 1);
     BOOST_TEST(here.becomes([](auto const& s) { return s["peer"]["stores"][0].value("durable_step", 0) == 2; }));
 }
 
-BOOST_AUTO_TEST_CASE(a_checkpoint_that_broke_on_the_disk_does_not_reach_the_peer) {
-    fake_monitor peer;
-    workplace here(true, [&](auto& o) {
-        o.peer = peer.where();
-        o.peer_retry = 20ms;
-    });
-    auto t = here.trainer(1);
-    t.greet();
+BOOST_FIXTURE_TEST_CASE(a_checkpoint_that_broke_on_the_disk_does_not_reach_the_peer, played_peer) {
     auto const connection = peer.accept();
     saves(t, 1);
     flip_a_byte(here.file(1));

@@ -18,18 +18,22 @@ using varve::errc;
 template <class Scheduling>
 using checkpointer = varve::checkpointer<varve::host_staging, Scheduling, plain_file_sink>;
 
+/// A run with two saves in flight at most, whose writes wait for the gate to be opened.
+template <varve::when_busy Busy>
+struct held_up_run {
+    held_up_run() { control->close_gate(); }
+
+    temporary_folder dir;
+    std::shared_ptr<sink_control> control = std::make_shared<sink_control>();
+    toy_model model;
+    checkpointer<varve::async<2>> ck{model.state(), {4 * block, block}, {}, plain_file_sink(control), dir.path(), quick_store(), {.busy = Busy}};
+};
+
 }  // namespace
 
 BOOST_AUTO_TEST_SUITE(checkpointer_busy)
 
-BOOST_AUTO_TEST_CASE(a_busy_checkpointer_skips_when_told_to) {
-    temporary_folder dir;
-    auto control = std::make_shared<sink_control>();
-    control->close_gate();
-    toy_model model;
-    varve::checkpointer_options options;
-    options.busy = varve::when_busy::skip;
-    checkpointer<varve::async<2>> ck(model.state(), {4 * block, block}, {}, plain_file_sink(control), dir.path(), quick_store(), options);
+BOOST_FIXTURE_TEST_CASE(a_busy_checkpointer_skips_when_told_to, held_up_run<varve::when_busy::skip>) {
     BOOST_TEST(ck.max_in_flight() == 2u);
     auto first = train_step(ck, model, 1), second = train_step(ck, model, 2), third = train_step(ck, model, 3);
     BOOST_TEST(second.taken());
@@ -42,14 +46,7 @@ BOOST_AUTO_TEST_CASE(a_busy_checkpointer_skips_when_told_to) {
     BOOST_TEST(ck.files().checkpoints().front().step == 2u);
 }
 
-BOOST_AUTO_TEST_CASE(the_newest_that_waits_gives_way_when_told_to) {
-    temporary_folder dir;
-    auto control = std::make_shared<sink_control>();
-    control->close_gate();
-    toy_model model;
-    varve::checkpointer_options options;
-    options.busy = varve::when_busy::replace;
-    checkpointer<varve::async<2>> ck(model.state(), {4 * block, block}, {}, plain_file_sink(control), dir.path(), quick_store(), options);
+BOOST_FIXTURE_TEST_CASE(the_newest_that_waits_gives_way_when_told_to, held_up_run<varve::when_busy::replace>) {
     auto first = train_step(ck, model, 1), second = train_step(ck, model, 2);
     BOOST_TEST(!second.staged().wait());
     auto third = train_step(ck, model, 3);
