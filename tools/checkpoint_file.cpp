@@ -71,7 +71,7 @@ std::unique_ptr<file_format> format_of(int fd) {
 std::unique_ptr<checkpoint_file> open_checkpoint(std::filesystem::path const& path) {
     return at_path(path, [&]() -> std::unique_ptr<checkpoint_file> {
         auto fd = open_to_read(path);
-        if (is_zip(fd.get())) return open_archive(path, std::move(fd));
+        if (is_zip(fd.get())) return open_archive(std::move(fd));
         return std::make_unique<safetensors_checkpoint>(std::move(fd));
     });
 }

@@ -39,7 +39,6 @@ void events_file::append(std::string_view line) noexcept {
 }
 
 void events_file::on(event const& e) noexcept {
-    if (!file_) return;
     try {
         std::string line = "{\"event\": \"";
         line.append(name(e.what)).append("\", \"method\": ").append(method_).append(", \"step\": ").append(std::to_string(e.step));
@@ -54,7 +53,6 @@ void events_file::on(event const& e) noexcept {
 }
 
 void events_file::step(std::uint64_t step, float loss) noexcept {
-    if (!file_) return;
     auto const now = std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::system_clock::now().time_since_epoch()).count();
     char line[512];
     // Nine digits give a float back to the bit; a loss that is no number has no JSON form and stays out.

@@ -16,8 +16,6 @@ namespace varve::tool {
 /// process that opens the file ends that line, so that it spoils no other. Thread-safe.
 class events_file {
 public:
-    /// Writes nothing.
-    events_file() = default;
     /// Throws varve::error if the file cannot be opened for appending.
     events_file(std::filesystem::path const& path, std::string method);
 

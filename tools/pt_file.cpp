@@ -151,9 +151,7 @@ private:
 
 std::unique_ptr<file_format> archive_format() { return std::make_unique<libtorch::archive_reader>(); }
 
-std::unique_ptr<checkpoint_file> open_archive(std::filesystem::path const&, file_descriptor fd) {
-    return std::make_unique<archive_checkpoint>(std::move(fd));
-}
+std::unique_ptr<checkpoint_file> open_archive(file_descriptor fd) { return std::make_unique<archive_checkpoint>(std::move(fd)); }
 
 void write_archive(state s, checkpoint_file const& from, checkpoint_identity const& identity, atomic_file& to) {
     std::map<std::string_view, file_tensor const*> sources;

@@ -13,7 +13,7 @@ namespace {
 }  // namespace
 
 std::unique_ptr<file_format> archive_format() { missing(); }
-std::unique_ptr<checkpoint_file> open_archive(std::filesystem::path const&, file_descriptor) { missing(); }
+std::unique_ptr<checkpoint_file> open_archive(file_descriptor) { missing(); }
 void write_archive(state, checkpoint_file const&, checkpoint_identity const&, atomic_file&) { missing(); }
 
 }  // namespace varve::tool

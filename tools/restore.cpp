@@ -88,8 +88,8 @@ state state_of(checkpoint_file const& file, bool model_only) {
     return s;
 }
 
-/// Writes the tensors in pieces that begin where a digest's chunk begins; returns the file's size.
-std::uint64_t write_safetensors(checkpoint_file const& from, checkpoint_identity const& identity, bool model_only, atomic_file& to) {
+/// Writes the tensors in pieces that begin where a digest's chunk begins.
+void write_safetensors(checkpoint_file const& from, checkpoint_identity const& identity, bool model_only, atomic_file& to) {
     auto const s = state_of(from, model_only);
     // Files of others may have more metadata than a checkpoint has room for.
     auto const metadata_bytes = std::max<std::uint64_t>(safetensors::default_metadata_bytes, detail::user_metadata_text(identity.metadata).size());
@@ -121,7 +121,6 @@ std::uint64_t write_safetensors(checkpoint_file const& from, checkpoint_identity
     }
     flush();
     to.write(format.header(s, img, {identity.step, identity.sequence, identity.metadata}, chunks), 0);
-    return img.size_bytes;
 }
 
 request parse(boost::program_options::variables_map const& values) {

@@ -44,14 +44,13 @@ listed_store list_store(std::filesystem::path const& folder) {
     return out;
 }
 
-std::filesystem::path newest_checkpoint(std::filesystem::path const& path, std::optional<std::uint64_t> step) {
+std::filesystem::path newest_checkpoint(std::filesystem::path const& path) {
     if (!std::filesystem::is_directory(path)) return path;
-    auto listed = list_store(path);
-    for (auto const& c : listed.checkpoints)
-        if (!step || c.step == *step) return c.path;
-    auto which = step ? "no whole checkpoint of step " + std::to_string(*step) : std::string("no whole checkpoint");
-    if (!step && !listed.broken.empty()) which += "; " + listed.broken.back().path.filename().string() + ": " + listed.broken.back().why;
-    throw error(errc::no_checkpoint, detail::printable(path.string()) + ": " + which);
+    auto const listed = list_store(path);
+    if (!listed.checkpoints.empty()) return listed.checkpoints.front().path;
+    std::string why = "no whole checkpoint";
+    if (!listed.broken.empty()) why += "; " + listed.broken.back().path.filename().string() + ": " + listed.broken.back().why;
+    throw error(errc::no_checkpoint, detail::printable(path.string()) + ": " + why);
 }
 
 }  // namespace varve::tool

@@ -2,7 +2,6 @@
 
 #include <cstdint>
 #include <filesystem>
-#include <optional>
 #include <string>
 #include <vector>
 
@@ -32,8 +31,7 @@ listed_store list_store(std::filesystem::path const& folder);
 /// Names of all files in the folder that are called as checkpoints are, by step. Throws as list_store does.
 std::vector<std::filesystem::path> checkpoint_paths(std::filesystem::path const& folder);
 
-/// `path` itself if it is a file; in a store its newest checkpoint, or the newest of that step. Throws
-/// errc::no_checkpoint where there is none.
-std::filesystem::path newest_checkpoint(std::filesystem::path const& path, std::optional<std::uint64_t> step = std::nullopt);
+/// `path` itself if it is a file; in a store its newest checkpoint. Throws errc::no_checkpoint where there is none.
+std::filesystem::path newest_checkpoint(std::filesystem::path const& path);
 
 }  // namespace varve::tool
