@@ -1,13 +1,12 @@
 #include "start_method.hpp"
 
-#include <unistd.h>
 #include <algorithm>
-#include <fstream>
 #include <thread>
 #include <utility>
 
 #include "build_config.hpp"
 #include "errors.hpp"
+#include "machine.hpp"
 #include "strategy.hpp"
 #include "varve/checkpointer.hpp"
 #include "varve/scheduling/async.hpp"
@@ -43,13 +42,7 @@ namespace {
 
 unsigned digest_workers(method_settings const& s) { return std::clamp(s.num_threads, 1u, std::max(1u, std::thread::hardware_concurrency())); }
 
-/// A quarter of the memory that this process may use: the machine's, or what its control group allows.
-std::uint64_t largest_pool_bytes() {
-    auto usable = static_cast<std::uint64_t>(::sysconf(_SC_PHYS_PAGES)) * static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE));
-    std::ifstream limit("/sys/fs/cgroup/memory.max");
-    if (std::uint64_t bytes = 0; limit >> bytes) usable = std::min(usable, bytes);
-    return usable / 4;
-}
+std::uint64_t largest_pool_bytes() { return usable_memory_bytes() / 4; }
 
 store_options store_options_of(method_settings const& s) {
     store_options o;
