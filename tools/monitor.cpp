@@ -111,7 +111,7 @@ std::string help_text() {
            "With --peer every checkpoint that is committed here is sent to a monitor on another host too, and a restart may come from there:\n"
            "what is not here, or newer there, is fetched. Nothing here waits for the peer; one that is slow or away gets the newest when it can.\n"
            "It never holds more memory than --memory-mb (here " +
-           std::to_string(quarter) + " MB unless it is given): a trainer whose pool is larger is refused.\n";
+           std::to_string(quarter) + " MB unless it is given): a trainer whose pool is larger is refused.";
 }
 
 }  // namespace

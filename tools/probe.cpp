@@ -16,9 +16,9 @@
 #include <string>
 #include <system_error>
 
-#include <boost/program_options.hpp>
-
 #include "build_config.hpp"
+#include "command_line.hpp"
+#include "commands.hpp"
 #include "errors.hpp"
 #include "gpu_copies.hpp"
 #include "varve/concepts/sink.hpp"
@@ -318,24 +318,17 @@ nlohmann::json measure_limits(std::filesystem::path const& dir, [[maybe_unused]]
 
 int probe(std::vector<std::string> const& args, std::ostream& out, std::ostream& err) {
     namespace po = boost::program_options;
-    po::options_description options("varve probe --dir D: what a folder can take; nothing is left behind");
-    options.add_options()("help", "show this")("dir", po::value<std::string>(), "the folder; it may hold anything")(
-        "size-mb", po::value<double>()->default_value(1024, "1024"), "size of the file, MB (10^6 bytes)")("json", po::value<std::string>(),
-                                                                                                          "write the object to this file too");
-    po::variables_map given;
-    try {
-        po::store(po::command_line_parser(args).options(options).run(), given);
-        po::notify(given);
-    } catch (po::error const& e) {
-        throw usage_error(std::string("varve probe: ") + e.what() + "; see varve probe --help");
-    }
-    if (given.count("help")) {
-        out << options;
-        return 0;
-    }
-    if (!given.count("dir")) throw usage_error("varve probe: --dir is missing; name the folder to measure");
+    auto shown = option_group("Options");
+    shown.add_options()("dir", po::value<std::string>()->value_name("D"), "the folder; it may hold anything")(
+        "size-mb", po::value<double>()->value_name("M")->default_value(1024, "1024"), "size of the file that is written and read, MB (10^6 bytes)")(
+        "json", po::value<std::string>()->value_name("F"), "write the rates to this file too, as a JSON object")("help", "this text");
+    auto const values = parse_command_line(
+        args, "Usage: varve probe --dir D [options]\nMeasures what a folder can take, GB/s (10^9 bytes); nothing is left behind.\n", shown, {}, out);
+    if (!values) return 0;
+    auto const& given = *values;
+    if (!given.count("dir")) throw usage_error("--dir is missing; name the folder to measure");
     auto size_mb = given["size-mb"].as<double>();
-    if (!(size_mb >= 1 && size_mb <= 1e6)) throw usage_error("varve probe: --size-mb must be between 1 and 1000000");
+    if (!(size_mb >= 1 && size_mb <= 1e6)) throw usage_error("--size-mb must be between 1 and 1000000");
     auto size = std::max<std::uint64_t>(block_unit_bytes, static_cast<std::uint64_t>(size_mb * 1e6) / block_unit_bytes * block_unit_bytes);
 
     auto limits = measure_limits(given["dir"].as<std::string>(), size, &err);

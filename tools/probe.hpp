@@ -3,8 +3,6 @@
 #include <cstdint>
 #include <filesystem>
 #include <iosfwd>
-#include <string>
-#include <vector>
 
 #include <nlohmann/json.hpp>
 
@@ -14,8 +12,5 @@ namespace varve::tool {
 /// `digest_gb_per_s`. `size_bytes` is the file's size, a multiple of 4 MiB. A line of progress for each part goes to `progress`
 /// unless it is null. Throws varve::error, one line, where the folder cannot be written.
 nlohmann::json measure_limits(std::filesystem::path const& dir, std::uint64_t size_bytes, std::ostream* progress = nullptr);
-
-/// The command `varve probe`.
-int probe(std::vector<std::string> const& args, std::ostream& out, std::ostream& err);
 
 }  // namespace varve::tool

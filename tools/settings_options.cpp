@@ -170,7 +170,7 @@ std::vector<option_spec> make_specs() {
         choice("when-busy", in_run(&r::when_busy), {"block", "skip", "replace"}, "what a save does when --max-async are in flight: "),
         choice("prepare", in_run(&r::prepare), {"write", "allocate", "none"}, "what becomes of the files when the store opens: "),
         whole("pool-size-mb", "run", in_run(&r::pool_size_mb), 0, million,
-              "MB of staging memory, never above a quarter of the usable memory; 0: one checkpoint"),
+              "MB of staging memory, never above a quarter of the usable memory; 0: one checkpoint, 268 MB (256 MiB) on a GPU"),
         whole("keep", "run", in_run(&r::keep), 1, million, "checkpoints to keep, the last ones"),
         whole("keep-every", "run", in_run(&r::keep_every), 0, trillion - 1, "keep every checkpoint whose step is a multiple of N for ever; 0: off"),
         choice("update", in_run(&r::update), {"plain", "foreach", "fused"},
