@@ -29,6 +29,7 @@ struct layer;
 struct relayed_run;
 struct restore_options;
 struct restored_checkpoint;
+struct slot;
 struct stall_times;
 struct store_options;
 struct sync;

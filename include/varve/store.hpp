@@ -18,6 +18,7 @@
 #include "varve/detail/slot_pool.hpp"
 #include "varve/detail/store_folder.hpp"
 #include "varve/error.hpp"
+#include "varve/slot.hpp"
 #include "varve/state.hpp"
 #include "varve/system.hpp"
 

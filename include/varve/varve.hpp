@@ -19,6 +19,7 @@
 #include "varve/scheduling/sync.hpp"
 #include "varve/sink/memory.hpp"
 #include "varve/sink/null.hpp"
+#include "varve/slot.hpp"
 #include "varve/staging/host.hpp"
 #include "varve/state.hpp"
 #include "varve/store.hpp"

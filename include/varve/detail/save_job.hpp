@@ -9,6 +9,7 @@
 
 #include "varve/concepts/staging.hpp"
 #include "varve/image.hpp"
+#include "varve/slot.hpp"
 #include "varve/state.hpp"
 #include "varve/store.hpp"
 #include "varve/ticket.hpp"

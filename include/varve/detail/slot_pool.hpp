@@ -16,24 +16,10 @@
 #include "varve/detail/aligned_bytes.hpp"
 #include "varve/detail/store_folder.hpp"
 #include "varve/error.hpp"
+#include "varve/slot.hpp"
 #include "varve/system.hpp"
 
-namespace varve {
-
-/// What becomes of a slot when the store opens.
-enum class prepare_mode {
-    write,     ///< allocated and written once, so that every save overwrites: a quarter to a third faster than extending
-    allocate,  ///< allocated only
-    none       ///< grows when it is written
-};
-
-/// A file that a save may write: `.partial-<n>` in the store's folder.
-struct slot {
-    std::string name;
-    bool written = false;  ///< every block of it was written once
-};
-
-namespace detail {
+namespace varve::detail {
 
 /// The files of a store that hold no checkpoint. Thread-safe; one background thread writes new ones once.
 class slot_pool {
@@ -217,5 +203,4 @@ private:
     std::jthread worker_;
 };
 
-}  // namespace detail
-}  // namespace varve
+}  // namespace varve::detail
