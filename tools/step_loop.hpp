@@ -29,7 +29,7 @@ inline method_settings method_settings_of(settings const& s, observer_list const
     return m;
 }
 
-/// The update of a step whose gradients stand, with a save where `due`: the one loop of DESIGN section 3. `method` may be null.
+/// The update of a step whose gradients stand, with a save where `due`: the one loop of varve::checkpointer. `method` may be null.
 /// Returns the save's ticket.
 inline std::optional<ticket> update_and_save(trainer& t, running_method* method, std::uint64_t step, bool due, float loss) {
     if (!method) {

@@ -80,7 +80,7 @@ public:
 
     /// Starts the save of `step`, the count of updates done once this step's update is, at least 1. With N saves in
     /// flight it blocks, skips or replaces, as the options say; a skipped save's loop is run all the same and does
-    /// nothing. Throws errc::out_of_order within a save.
+    /// nothing. Throws errc::out_of_order within a save, and std::errc::invalid_argument for a step that no file name can have.
     ticket begin(std::uint64_t step) {
         timed inside(stalls_.total_ns);
         if (current_) throw error(errc::out_of_order, "begin: the save of step " + std::to_string(current_->step()) + " is not sealed");
@@ -193,7 +193,7 @@ public:
     }
 
     /// Reads the newest whole checkpoint, or that of `step`, into the state; nothing if there is none. Waits first until
-    /// no save reads the state, and for the work in `order`. Throws as store::restore does.
+    /// no save reads the state, and for the work in `order`. Throws as store::restore does, and errc::out_of_order within a save.
     std::optional<restored_checkpoint> restore(std::optional<std::uint64_t> step = {}, restore_options options = {},
                                                [[maybe_unused]] order_type order = {})
         requires(file_sink<Sink> || fetching_sink<Sink>)

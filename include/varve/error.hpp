@@ -69,7 +69,7 @@ private:
     std::error_code code_;
 };
 
-/// The code of the calling thread's errno.
+/// The error_code of a value of errno.
 inline std::error_code last_system_error(int value) noexcept { return {value, std::system_category()}; }
 
 /// Throws error with `what: message` when `code` is set.

@@ -80,6 +80,7 @@ public:
         if (options_.wait_until_prepared) slots_.wait_until_prepared();
     }
 
+    /// The folder's descriptor, open as long as the store.
     int folder() const noexcept { return folder_.get(); }
     std::filesystem::path const& path() const noexcept { return folder_.path(); }
 
@@ -97,7 +98,8 @@ public:
 
     // ---- saving: acquire, then commit or give_back ----
 
-    /// A file to write; made anew if no free one is left. Throws error.
+    /// A file to write; made anew if no free one is left. Throws error with the system's code, such as
+    /// std::errc::no_space_on_device.
     slot acquire() {
         if (auto s = slots_.take()) return *std::move(s);
         return slots_.make();
@@ -110,7 +112,7 @@ public:
     }
 
     /// Renames a slot whose bytes are durable to the checkpoint of that step, makes the name durable, and only then
-    /// lets go what is no longer kept. On an error nothing was let go.
+    /// lets go what is no longer kept. Returns the system's error; nothing was let go then.
     std::error_code commit(slot s, std::uint64_t step, std::uint64_t sequence) {
         auto name = detail::checkpoint_name(step, format_.extension());
         if (calls_.renameat(folder_.get(), s.name.c_str(), name.c_str()) != 0) {

@@ -34,7 +34,7 @@ struct staging_fixture {
 };
 
 /// The laws of concepts/staging.hpp that code can look at; answers with one line for each that is broken. Throws what
-/// `make` throws. Source: DESIGN, "Staging".
+/// `make` throws.
 template <staging S>
 std::vector<std::string> check_staging(staging_fixture<S> const& f) {
     constexpr std::size_t block = block_unit_bytes;

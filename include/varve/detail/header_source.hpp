@@ -27,9 +27,8 @@ inline void read_exactly(int fd, void* to, std::size_t size, std::uint64_t offse
     }
 }
 
-/// The text of a JSON header as a stream of characters in constant memory, whatever the file holds: blanks between
-/// tokens come as one, and a token longer than
-/// max_header_string_bytes or a NUL (an end of input to the parser) is refused.
+/// The text of a JSON header as a stream of characters in constant memory, whatever the file holds: blanks between tokens
+/// come as one, and a token longer than max_header_string_bytes or a NUL (an end of input to the parser) is refused.
 class header_source {
 public:
     header_source(int fd, std::uint64_t begin, std::uint64_t end) : fd_(fd), at_(begin), end_(end), buffer_end_(begin) { settle(); }

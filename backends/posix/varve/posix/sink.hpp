@@ -37,6 +37,7 @@ public:
     using target_type = detail::file_target<writer_pool>;
     static constexpr bool writes_files = true;
 
+    /// Throws std::system_error when a thread cannot be started.
     explicit sink(sink_options const& options = {})
         : options_(options),
           pool_(std::make_unique<writer_pool>(options.writer_threads, options.stripe_bytes, options.direct == direct_io::automatic, *options.calls)) {
