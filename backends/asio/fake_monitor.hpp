@@ -232,10 +232,6 @@ public:
         if (::poll(&p, 1, 20'000) != 1) throw std::runtime_error("nobody connects");
         return std::make_unique<fake_connection>(::accept4(fd_.get(), nullptr, nullptr, SOCK_CLOEXEC));
     }
-    bool is_called_within(std::chrono::milliseconds time) {
-        pollfd p{fd_.get(), POLLIN, 0};
-        return ::poll(&p, 1, static_cast<int>(time.count())) == 1;
-    }
     void die() {
         fd_.reset();
         if (!path_.empty()) ::unlink(path_.c_str());

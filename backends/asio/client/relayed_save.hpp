@@ -21,7 +21,6 @@ public:
     relayed_save(relayed_save const&) = delete;
     relayed_save& operator=(relayed_save const&) = delete;
 
-    std::uint64_t id() const noexcept { return id_; }
     void write(std::uint64_t offset_bytes, block const& b, completion done, loan kept) noexcept;
     void hand_over(commit_values const& values, std::span<std::uint64_t const> chunk_digests, completion crash_safe, completion durable) noexcept;
     /// Nobody waits any more; no completion is called once this has returned.

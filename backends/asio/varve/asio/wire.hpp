@@ -29,7 +29,6 @@ inline constexpr std::size_t header_bytes = 24;
 inline constexpr std::size_t most_control_bytes = 16u << 20;
 inline constexpr std::size_t most_hello_bytes = 128u << 20;
 inline constexpr std::size_t most_data_bytes = 64u << 20;  ///< of a block or piece that travels as payload
-inline constexpr std::size_t most_regions = 250;           ///< descriptors of one message. Source: SCM_MAX_FD is 253
 inline constexpr std::uint64_t most_region_bytes = std::uint64_t{1} << 30;
 
 enum class message : std::uint16_t {
