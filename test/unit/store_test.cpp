@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 #include <algorithm>
 #include <array>
+#include <cerrno>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
@@ -15,6 +16,7 @@
 #include <varve/staging/host.hpp>
 #include <varve/store.hpp>
 
+#include "failing_calls.hpp"
 #include "plain_sinks.hpp"
 #include "support.hpp"
 
@@ -259,6 +261,15 @@ BOOST_AUTO_TEST_CASE(a_mark_that_a_crash_left_empty_is_written_again) {
         run r(dir.path());
     }
     BOOST_TEST(fs::file_size(dir.path() / ".varve") > 0u);
+}
+
+BOOST_AUTO_TEST_CASE(a_mark_that_the_disk_has_no_room_for_is_written_again) {
+    temporary_folder dir;
+    failing_calls calls;
+    calls.on_write = [](std::size_t call, std::size_t) -> ssize_t { return call == 0 ? 10 : -ENOSPC; };
+    BOOST_CHECK_EXCEPTION(run(dir.path(), options_with(&calls), calls), varve::error, has_code(std::errc::no_space_on_device));
+    run r(dir.path());
+    BOOST_TEST(!r.save(1));
 }
 
 BOOST_AUTO_TEST_CASE(a_full_disk_shows_when_the_store_opens) {

@@ -3,6 +3,8 @@
 #include <dirent.h>
 #include <fcntl.h>
 #include <sys/stat.h>
+#include <cerrno>
+#include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <filesystem>
@@ -142,8 +144,19 @@ private:
 
     void write_mark(std::string const& made_by) {
         auto text = nlohmann::json{{"varve_store", store_version}, {"made_by", made_by}, {"version", VARVE_VERSION}}.dump() + "\n";
-        if (calls_->pwrite(mark_.get(), text.data(), text.size(), 0) != static_cast<ssize_t>(text.size()) || calls_->fsync(mark_.get()) != 0)
-            throw_if(last_system_error(errno), (path_ / mark_name).string() + ": cannot write the store's mark");
+        auto fail = [this] {
+            auto const ec = last_system_error(errno);
+            calls_->ftruncate(mark_.get(), 0);  // half a mark would be taken for somebody else's; an empty one is written again
+            throw_if(ec, (path_ / mark_name).string() + ": cannot write the store's mark");
+        };
+        for (std::size_t done = 0; done < text.size();) {
+            auto n = calls_->pwrite(mark_.get(), text.data() + done, text.size() - done, static_cast<off_t>(done));
+            if (n < 0 && errno == EINTR) continue;
+            if (n == 0) errno = EIO;
+            if (n <= 0) fail();
+            done += static_cast<std::size_t>(n);
+        }
+        if (calls_->fsync(mark_.get()) != 0) fail();
         throw_if(sync(), path_.string() + ": cannot make the store's mark durable");
     }
 
