@@ -68,6 +68,16 @@ private:
     }
 };
 
+/// Lets somebody act before the store is locked.
+class meanwhile_calls final : public varve::system_calls {
+public:
+    explicit meanwhile_calls(std::function<void()> act) : act_(std::move(act)) {}
+    int flock(int fd, int operation) override { return act_(), system_calls::flock(fd, operation); }
+
+private:
+    std::function<void()> act_;
+};
+
 varve::store_options options_with(varve::system_calls* calls, std::size_t keep = 2, varve::prepare_mode prepare = varve::prepare_mode::none) {
     varve::store_options o;
     o.calls = calls;
@@ -270,6 +280,30 @@ BOOST_AUTO_TEST_CASE(a_mark_that_the_disk_has_no_room_for_is_written_again) {
     BOOST_CHECK_EXCEPTION(run(dir.path(), options_with(&calls), calls), varve::error, has_code(std::errc::no_space_on_device));
     run r(dir.path());
     BOOST_TEST(!r.save(1));
+}
+
+BOOST_AUTO_TEST_CASE(the_mark_is_made_durable_whenever_the_store_opens) {
+    temporary_folder dir;
+    {
+        // Whoever made it may have died before it was.
+        run r(dir.path());
+    }
+    recording_calls calls;
+    run r(dir.path(), options_with(&calls), calls);
+    auto const& log = calls.log;
+    auto const mark = std::find(log.begin(), log.end(), "fsync .varve");
+    BOOST_TEST((mark != log.end() && std::find(mark, log.end(), "fsync " + dir.path().string()) != log.end()));
+}
+
+BOOST_AUTO_TEST_CASE(a_mark_that_another_writer_wrote_meanwhile_stays_as_it_is) {
+    temporary_folder dir;
+    std::string const text = R"({"made_by": "another writer, who has a long name", "varve_store": 1, "version": "0.0.1"})";
+    meanwhile_calls calls([&] { std::ofstream(dir.path() / ".varve") << text; });
+    {
+        run r(dir.path(), options_with(&calls), calls);
+    }
+    std::ifstream f(dir.path() / ".varve");
+    BOOST_TEST((std::string((std::istreambuf_iterator<char>(f)), {}) == text));
 }
 
 BOOST_AUTO_TEST_CASE(a_full_disk_shows_when_the_store_opens) {

@@ -106,7 +106,10 @@ public:
                                 path_.string() + ": not empty and not a checkpoint store (it holds " + name + "); give an empty or new folder");
         }
         lock();
-        if (!mark) write_mark(made_by);
+        if (!read_mark(folder_.get(), path_)) write_mark(made_by);  // asked again: another writer may have been here meanwhile
+        // Whoever wrote it may have died before it was durable: checkpoints beside a mark that a power cut empties are in no store.
+        if (calls_->fsync(mark_.get()) != 0) throw_if(last_system_error(errno), path_.string() + ": cannot make the store's mark durable");
+        throw_if(sync(), path_.string() + ": cannot make the store's mark durable");
     }
 
     int get() const noexcept { return folder_.get(); }
@@ -157,7 +160,6 @@ private:
             done += static_cast<std::size_t>(n);
         }
         if (calls_->fsync(mark_.get()) != 0) fail();
-        throw_if(sync(), path_.string() + ": cannot make the store's mark durable");
     }
 
     system_calls* calls_;
