@@ -1,6 +1,7 @@
 #include <boost/test/unit_test.hpp>
 
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <algorithm>
 #include <array>
 #include <cerrno>
@@ -304,6 +305,12 @@ BOOST_AUTO_TEST_CASE(a_mark_that_another_writer_wrote_meanwhile_stays_as_it_is) 
     }
     std::ifstream f(dir.path() / ".varve");
     BOOST_TEST((std::string((std::istreambuf_iterator<char>(f)), {}) == text));
+}
+
+BOOST_AUTO_TEST_CASE(a_mark_that_is_no_file_keeps_nobody_waiting) {
+    temporary_folder dir;
+    BOOST_TEST(::mkfifo((dir.path() / ".varve").c_str(), 0600) == 0);
+    BOOST_CHECK_EXCEPTION(run(dir.path()), varve::error, has_code(errc::not_a_store));
 }
 
 BOOST_AUTO_TEST_CASE(a_full_disk_shows_when_the_store_opens) {

@@ -72,15 +72,18 @@ struct store_mark {
 
 /// The mark in `folder`; nothing if there is none, or one that a crash left empty. Throws errc::not_a_store for another's.
 inline std::optional<store_mark> read_mark(int folder, std::filesystem::path const& shown) {
-    file_descriptor fd(::openat(folder, mark_name.data(), O_RDONLY | O_CLOEXEC), system_calls::kernel());
+    // Without O_NONBLOCK a FIFO would wait for a writer.
+    file_descriptor fd(::openat(folder, mark_name.data(), O_RDONLY | O_NONBLOCK | O_CLOEXEC), system_calls::kernel());
     if (!fd) return std::nullopt;
+    auto refuse = [&] { throw error(errc::not_a_store, shown.string() + ": its .varve is no mark of a checkpoint store; give another folder"); };
+    struct stat info{};
+    if (::fstat(fd.get(), &info) == 0 && !S_ISREG(info.st_mode)) refuse();
     std::string text(4096, '\0');
     auto n = ::pread(fd.get(), text.data(), text.size(), 0);
     text.resize(n > 0 ? static_cast<std::size_t>(n) : 0);
     if (text.empty()) return std::nullopt;
     auto json = nlohmann::json::parse(text, nullptr, false);
-    if (!json.is_object() || !json.contains("varve_store") || !json["varve_store"].is_number_integer())
-        throw error(errc::not_a_store, shown.string() + ": its .varve is no mark of a checkpoint store; give another folder");
+    if (!json.is_object() || !json.contains("varve_store") || !json["varve_store"].is_number_integer()) refuse();
     store_mark mark{json["varve_store"].get<int>(),
                     json.contains("made_by") && json["made_by"].is_string() ? json["made_by"].get<std::string>() : ""};
     if (mark.version > store_version)
