@@ -313,6 +313,20 @@ BOOST_AUTO_TEST_CASE(a_mark_that_is_no_file_keeps_nobody_waiting) {
     BOOST_CHECK_EXCEPTION(run(dir.path()), varve::error, has_code(errc::not_a_store));
 }
 
+BOOST_AUTO_TEST_CASE(a_maker_whose_name_has_no_room_in_the_mark_is_refused) {
+    temporary_folder dir;
+    auto options = options_with(nullptr);
+    options.made_by = std::string(5000, 'x');
+    BOOST_CHECK_EXCEPTION(run(dir.path(), options), varve::error, has_code(std::errc::invalid_argument));
+    options.made_by = "\xff";
+    {
+        run r(dir.path(), options);
+        BOOST_TEST(!r.save(1));
+    }
+    run r(dir.path());
+    BOOST_TEST(r.ck.restore()->step == 1u);
+}
+
 BOOST_AUTO_TEST_CASE(a_full_disk_shows_when_the_store_opens) {
     temporary_folder dir;
     recording_calls calls;

@@ -24,6 +24,7 @@ namespace varve::detail {
 inline constexpr std::string_view mark_name = ".varve";
 inline constexpr std::string_view partial_prefix = ".partial-";
 inline constexpr int store_version = 1;
+inline constexpr std::size_t most_mark_bytes = 4096;
 
 /// The largest step that a checkpoint's name has room for.
 inline constexpr std::uint64_t last_step = 999'999'999'999;
@@ -78,7 +79,7 @@ inline std::optional<store_mark> read_mark(int folder, std::filesystem::path con
     auto refuse = [&] { throw error(errc::not_a_store, shown.string() + ": its .varve is no mark of a checkpoint store; give another folder"); };
     struct stat info{};
     if (::fstat(fd.get(), &info) == 0 && !S_ISREG(info.st_mode)) refuse();
-    std::string text(4096, '\0');
+    std::string text(most_mark_bytes, '\0');
     auto n = ::pread(fd.get(), text.data(), text.size(), 0);
     text.resize(n > 0 ? static_cast<std::size_t>(n) : 0);
     if (text.empty()) return std::nullopt;
@@ -149,7 +150,12 @@ private:
     }
 
     void write_mark(std::string const& made_by) {
-        auto text = nlohmann::json{{"varve_store", store_version}, {"made_by", made_by}, {"version", VARVE_VERSION}}.dump() + "\n";
+        nlohmann::json const mark{{"varve_store", store_version}, {"made_by", made_by}, {"version", VARVE_VERSION}};
+        auto const text = mark.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
+        if (text.size() > most_mark_bytes)
+            throw error(
+                std::make_error_code(std::errc::invalid_argument),
+                path_.string() + ": the name of who makes the store takes too many bytes in its mark, which has " + std::to_string(most_mark_bytes));
         auto fail = [this] {
             auto const ec = last_system_error(errno);
             calls_->ftruncate(mark_.get(), 0);  // half a mark would be taken for somebody else's; an empty one is written again
