@@ -4,6 +4,7 @@
 #include <sys/stat.h>
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cerrno>
 #include <cstring>
 #include <filesystem>
@@ -77,6 +78,22 @@ public:
 
 private:
     std::function<void()> act_;
+};
+
+/// Every other call is interrupted by a signal, of each that may be.
+class interrupted_calls final : public varve::system_calls {
+public:
+    int fdatasync(int fd) override { return interrupted(0) ? -1 : system_calls::fdatasync(fd); }
+    int fsync(int fd) override { return interrupted(1) ? -1 : system_calls::fsync(fd); }
+    int fallocate(int fd, off_t at, off_t size) override { return interrupted(2) ? -1 : system_calls::fallocate(fd, at, size); }
+
+private:
+    bool interrupted(std::size_t call) {
+        bool const now = ++calls_[call] % 2 == 1;
+        if (now) errno = EINTR;
+        return now;
+    }
+    std::array<std::atomic<int>, 3> calls_{};
 };
 
 varve::store_options options_with(varve::system_calls* calls, std::size_t keep = 2, varve::prepare_mode prepare = varve::prepare_mode::none) {
@@ -325,6 +342,15 @@ BOOST_AUTO_TEST_CASE(a_maker_whose_name_has_no_room_in_the_mark_is_refused) {
     }
     run r(dir.path());
     BOOST_TEST(r.ck.restore()->step == 1u);
+}
+
+BOOST_AUTO_TEST_CASE(a_signal_does_not_fail_what_the_store_does) {
+    temporary_folder dir;
+    interrupted_calls calls;
+    for (std::uint64_t step = 1; step <= 3; ++step) {
+        run r(dir.path() / "made" / "here", options_with(&calls, 1, varve::prepare_mode::allocate));
+        BOOST_TEST(!r.save(step));
+    }
 }
 
 BOOST_AUTO_TEST_CASE(a_full_disk_shows_when_the_store_opens) {

@@ -93,6 +93,12 @@ inline std::optional<store_mark> read_mark(int folder, std::filesystem::path con
     return mark;
 }
 
+/// fsync, which a signal may interrupt. Source: fsync(2).
+inline int fsync_file(system_calls& calls, int fd) noexcept {
+    for (;;)
+        if (int const result = calls.fsync(fd); result == 0 || errno != EINTR) return result;
+}
+
 /// The folder of a store, open and locked for its one writer.
 class store_folder {
 public:
@@ -112,14 +118,14 @@ public:
         lock();
         if (!read_mark(folder_.get(), path_)) write_mark(made_by);  // asked again: another writer may have been here meanwhile
         // Whoever wrote it may have died before it was durable: checkpoints beside a mark that a power cut empties are in no store.
-        if (calls_->fsync(mark_.get()) != 0) throw_if(last_system_error(errno), path_.string() + ": cannot make the store's mark durable");
+        if (fsync_file(*calls_, mark_.get()) != 0) throw_if(last_system_error(errno), path_.string() + ": cannot make the store's mark durable");
         throw_if(sync(), path_.string() + ": cannot make the store's mark durable");
     }
 
     int get() const noexcept { return folder_.get(); }
     std::filesystem::path const& path() const noexcept { return path_; }
 
-    std::error_code sync() noexcept { return calls_->fsync(folder_.get()) == 0 ? std::error_code{} : last_system_error(errno); }
+    std::error_code sync() noexcept { return fsync_file(*calls_, folder_.get()) == 0 ? std::error_code{} : last_system_error(errno); }
 
 private:
     file_descriptor open_folder(std::filesystem::path const& p) {
@@ -135,7 +141,7 @@ private:
         if (calls_->mkdir(p.c_str(), 0777) != 0 && errno != EEXIST)
             throw_if(last_system_error(errno), p.string() + ": cannot create the store's folder");
         for (auto const& made : {p, p.parent_path()})
-            if (calls_->fsync(open_folder(made).get()) != 0)
+            if (fsync_file(*calls_, open_folder(made).get()) != 0)
                 throw_if(last_system_error(errno), made.string() + ": cannot make the new folder durable");
     }
 
@@ -168,7 +174,7 @@ private:
             if (n <= 0) fail();
             done += static_cast<std::size_t>(n);
         }
-        if (calls_->fsync(mark_.get()) != 0) fail();
+        if (fsync_file(*calls_, mark_.get()) != 0) fail();
     }
 
     system_calls* calls_;
