@@ -285,4 +285,21 @@ BOOST_AUTO_TEST_CASE(a_state_that_no_file_can_hold_is_refused) {
     BOOST_TEST((code([](auto& s) { s.aliases["a"] = "b"; }) == std::errc::invalid_argument));
 }
 
+BOOST_AUTO_TEST_CASE(a_state_that_its_own_reader_would_refuse_is_refused) {
+    auto tied = [](std::size_t names, std::size_t dimensions) {
+        owned_state s;
+        s.add("l", "model.a", dtype::F32, {2});
+        for (std::size_t i = 0; i < names; ++i) s.state.aliases["model." + std::to_string(100'000 + i) + std::string(87, 'x')] = "model.a";
+        s.add("l", "model.b", dtype::F32, std::vector<std::int64_t>(dimensions, 1));
+        return s;
+    };
+    auto code = [](owned_state const& s) { return code_of([&] { varve::safetensors{}.lay_out(s.state); }); };
+    auto most = tied(9000, 1024);
+    BOOST_TEST(!code(most));
+    auto fd = open(checkpoint_bytes(most.state, {1, 1, {}}));
+    BOOST_TEST(!code_of([&] { varve::safetensors{}.restore(fd.get(), most.state, {}); }));
+    BOOST_TEST((code(tied(10'000, 1)) == std::errc::invalid_argument));
+    BOOST_TEST((code(tied(0, 1025)) == std::errc::invalid_argument));
+}
+
 BOOST_AUTO_TEST_SUITE_END()

@@ -95,7 +95,6 @@ private:
 
     /// Notes, for each stored name of the file that is no tensor of the state, which of its other names are.
     void read_aliases(std::string const& text) {
-        constexpr std::size_t max_aliases_bytes = 1u << 20;
         auto parsed = text.size() <= max_aliases_bytes ? nlohmann::json::parse(text, nullptr, false) : nlohmann::json();
         if (!parsed.is_object()) refuse_file("its metadata varve.aliases is no JSON object, or longer than 1 MiB");
         for (auto const& [alias, stored] : parsed.items()) {

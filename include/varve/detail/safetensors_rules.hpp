@@ -22,6 +22,8 @@ inline constexpr std::string_view metadata_section = "__metadata__";
 
 /// A longer string in a header is refused, so that no file makes a reader keep more. The digests of 4 TiB fit.
 inline constexpr std::size_t max_header_string_bytes = 16u << 20;
+/// Of varve.aliases, which is read whole.
+inline constexpr std::size_t max_aliases_bytes = 1u << 20;
 /// More dimensions than any tensor library has.
 inline constexpr std::size_t max_dimensions = 1024;
 

@@ -36,6 +36,7 @@ inline void expect_storable(state const& s) {
     for (auto const& l : s.layers)
         for (auto const& t : l.tensors) {
             take(t.name);
+            if (t.shape.size() > max_dimensions) refuse_argument("the tensor " + printable(t.name) + " has more than 1,024 dimensions");
             std::uint64_t bytes = element_bytes(t.type);
             for (auto d : t.shape)
                 if (d < 0 || __builtin_mul_overflow(bytes, static_cast<std::uint64_t>(d), &bytes))
@@ -170,6 +171,8 @@ inline image lay_out_safetensors(state const& s, std::uint64_t metadata_bytes) {
     if (out.header_bytes - header_prefix_bytes > max_header_length || digests.size() > max_header_string_bytes)
         refuse_argument("the names and digests of this state need a header of " + std::to_string(out.header_bytes) +
                         " bytes; safetensors allows 100,000,000, and 16 MiB of digests are the most that varve reads");
+    if (aliases_text(s.aliases).size() > max_aliases_bytes)
+        refuse_argument("the other names of tied tensors take more than 1 MiB, the most that varve reads");
     out.size_bytes = out.header_bytes + data_bytes;
     for (auto& p : out.tensors) p.offset_bytes += out.header_bytes;
     return out;
