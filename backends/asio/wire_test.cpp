@@ -144,7 +144,7 @@ BOOST_AUTO_TEST_CASE(a_count_is_no_reason_to_allocate) {
     auto const commit = frame_of(wire::commit{1, {}, {}});
     for (std::size_t at : {8u, 12u})
         BOOST_TEST(says(refusal_of([&] { wire::decode<wire::commit>(payload_with(commit, at, 0xffffffff)); }), "promises 4294967295"));
-    // HELLO with more layers, tensors and dimensions than any state has, all of them there.
+    // HELLO with more layers, tensors, dimensions and other names than any state has, all of them there.
     auto many = [](std::size_t layers, std::size_t tensors, std::size_t dimensions) {
         wire::hello h;
         h.layers.resize(layers);
@@ -156,6 +156,12 @@ BOOST_AUTO_TEST_CASE(a_count_is_no_reason_to_allocate) {
     BOOST_TEST(says(many(1, (1u << 20) + 1, 0), "more than 1048576 tensors"));
     BOOST_TEST(says(many(1, 1, 65), "65 dimensions"));
     BOOST_TEST(many(1, 1, 64).empty());
+    wire::hello h;
+    for (std::size_t i = 0; i <= 1u << 20; ++i) h.aliases.emplace_hint(h.aliases.end(), std::to_string(10'000'000 + i), "");
+    auto const tied = [&] { return refusal_of([frame = frame_of(h)] { wire::decode<wire::hello>(std::span(frame).subspan(wire::header_bytes)); }); };
+    BOOST_TEST(says(tied(), "1048577 keys"));
+    h.aliases.erase(h.aliases.begin());
+    BOOST_TEST(tied().empty());
 }
 
 BOOST_AUTO_TEST_CASE(a_choice_that_nobody_offers_is_refused) {

@@ -22,6 +22,7 @@ namespace varve::asio::detail {
 inline constexpr std::size_t most_layers = 1u << 20;
 inline constexpr std::size_t most_tensors = 1u << 20;
 inline constexpr std::size_t most_dimensions = 64;
+inline constexpr std::size_t most_pairs = 1u << 20;
 
 /// Appends fields as they stand on the wire: integers little-endian, strings and arrays as u32 count and content.
 /// A field_reader has the same members, so that a message says its fields once for both ways.
@@ -130,7 +131,9 @@ private:
         for (auto& v : list) v = integer<std::uint64_t>();
     }
     void take(std::map<std::string, std::string>& pairs) {
-        for (auto n = count(8); n > 0; --n) {
+        auto n = count(8);
+        if (n > most_pairs) refuse_message(std::to_string(n) + " keys");
+        for (; n > 0; --n) {
             std::string key, value;
             (*this)(key, value);
             if (!pairs.try_emplace(std::move(key), std::move(value)).second) refuse_message("a key twice");
