@@ -1,6 +1,7 @@
 #include "settings.hpp"
 
 #include <algorithm>
+#include <ios>
 #include <set>
 #include <sstream>
 
@@ -57,7 +58,9 @@ void read_flags(given_settings& given, std::vector<std::string> const& args) {
         if (!seen.insert(o.string_key).second && o.string_key != "help") throw usage_error("--" + o.string_key + " is given twice");
         std::string joined;
         for (auto const& v : o.value) joined += (joined.empty() ? "" : " ") + v;
-        if (o.string_key == "config")
+        if (o.string_key == "config" && joined.empty())
+            throw usage_error("--config '': must not be empty");
+        else if (o.string_key == "config")
             given.file_path = joined;
         else if (o.value.empty())
             given.flags.emplace_back(o.string_key, "true");
@@ -106,6 +109,8 @@ void read_file(given_settings& given) {
     try {
         root = YAML::LoadFile(path);
     } catch (YAML::BadFile const&) {
+        throw usage_error("cannot read the configuration file '" + path + "'");
+    } catch (std::ios_base::failure const&) {  // a folder
         throw usage_error("cannot read the configuration file '" + path + "'");
     } catch (YAML::Exception const& e) {
         throw usage_error(path + " is not YAML: line " + std::to_string(e.mark.line + 1) + ": " + e.msg);

@@ -116,6 +116,8 @@ BOOST_AUTO_TEST_CASE(a_wrong_configuration_file_is_refused_with_its_key) {
     temporary_folder folder;
     auto with = [&](std::string const& text) { return std::vector<std::string>{"bench", "--config", write_file(folder, text)}; };
     refused({"bench", "--config", folder / "absent.yaml"}, "cannot read");
+    refused({"bench", "--config", folder.path()}, "cannot read");
+    refused({"bench", "--config", ""}, "--config '': must not be empty");
     refused(with("model:\n  d_modl: 64\n"), "unknown key model.d_modl");
     refused(with("model:\n  seq_len: 64\n"), "it belongs to training");
     refused(with("models:\n  d_model: 64\n"), "unknown section models");
