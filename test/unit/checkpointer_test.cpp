@@ -309,6 +309,26 @@ BOOST_AUTO_TEST_CASE(the_destructor_cancels_what_does_not_end_in_time) {
     for (auto const& t : tickets) BOOST_CHECK(t.durable().wait_for(0s) == errc::cancelled);
 }
 
+BOOST_AUTO_TEST_CASE(a_destructor_without_a_limit_waits_for_every_save) {
+    temporary_folder dir;
+    auto control = std::make_shared<sink_control>();
+    toy_model model(3, floats_per_block);
+    std::vector<varve::ticket> tickets;
+    {
+        varve::checkpointer_options options;
+        options.drain_on_destroy = std::chrono::milliseconds::max();
+        checkpointer<varve::async<3>> ck(model.state(), {12 * block, block}, {}, plain_file_sink(control), dir.path(), quick_store(), options);
+        control->close_gate();
+        tickets.push_back(train_step(ck, model, 1));
+        tickets.push_back(train_step(ck, model, 2));
+        std::thread([control] {
+            std::this_thread::sleep_for(200ms);
+            control->open_gate();
+        }).detach();
+    }
+    for (auto const& t : tickets) BOOST_TEST(!t.durable().wait_for(0s));
+}
+
 BOOST_AUTO_TEST_CASE(a_checkpoint_of_another_model_is_refused) {
     temporary_folder dir;
     toy_model small(2), large(3);

@@ -144,6 +144,8 @@ private:
         return std::none_of(line_.jobs.begin(), line_.jobs.end(), [](auto const& j) { return j->sealed || j->error; });
     }
     void drain_for(std::chrono::milliseconds limit) {
+        // Longer ones do not fit behind the clock's now, and would be over at once.
+        limit = std::min<std::chrono::milliseconds>(limit, std::chrono::hours(24 * 365));
         std::unique_lock lock(line_.mutex);
         line_.idle.wait_for(lock, limit, [&] { return nothing_sealed_locked(); });
     }
