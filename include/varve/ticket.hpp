@@ -84,6 +84,8 @@ public:
     /// As wait, but returns std::errc::timed_out after `timeout`.
     template <class Rep, class Period>
     std::error_code wait_for(std::chrono::duration<Rep, Period> timeout) const {
+        // Behind the clock's now a longer one would not fit.
+        if (timeout > std::chrono::hours(24 * 365)) return wait();
         return state_->wait(goal_, std::optional(std::chrono::steady_clock::now() + timeout));
     }
 
