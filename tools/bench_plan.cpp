@@ -7,6 +7,7 @@
 #include "machine.hpp"
 #include "methods.hpp"
 #include "progress.hpp"
+#include "trainer.hpp"
 
 namespace varve::tool {
 
@@ -51,6 +52,26 @@ std::vector<planned_comparison> frequencies(given_settings const& given, std::ve
     return plan;
 }
 
+/// For the methods without a monitor, and for those with one.
+std::string describe_pool(settings const& s) {
+    bool without = false, with = false;
+    for (auto const& name : s.run.methods) {
+        if (name == "none") continue;
+        auto const& m = runnable_method(name);
+        (m.needs_monitor || (m.takes_monitor && s.wants_monitor()) ? with : without) = true;
+    }
+    auto of = [&](pool_place place) {
+        auto const pool =
+            s.run.pool_size_mb ? s.run.pool_size_mb * 1'000'000 : default_pool_bytes(estimated_checkpoint_bytes(s), place, busy_mode(s));
+        auto const most = usable_memory_bytes() / 4;
+        return gb(double(std::min(pool, most))) + (most < pool ? " (a quarter of the usable memory)" : "");
+    };
+    std::string out;
+    if (without) out = of(chosen_device(s) == "cuda" ? pool_place::gpu : pool_place::host);
+    if (with) out += (without ? "; " : "") + of(pool_place::monitor) + " with a monitor";
+    return out.empty() ? "none" : out;
+}
+
 }  // namespace
 
 std::vector<planned_comparison> plan_bench(given_settings const& given, std::string const& scenario, std::vector<std::string>& notes) {
@@ -82,15 +103,13 @@ std::string describe_plan(std::vector<planned_comparison> const& plan) {
         auto const& s = p.chosen;
         auto const bytes = double(estimated_checkpoint_bytes(s));
         auto const files = files_of_a_store(s);
-        auto const pool = s.run.pool_size_mb ? double(s.run.pool_size_mb) * 1e6 : bytes;
-        auto const capped = std::min(pool, double(usable_memory_bytes()) / 4);
         if (!p.title.empty()) out << p.title << ":\n";
         out << "  one checkpoint   about " << gb(bytes) << '\n'
             << "  files            " << files << " at most (" << s.pccheck.max_async << " in flight, " << s.run.keep << " kept"
             << (s.run.keep_every ? ", more kept for ever" : "") << ")\n"
             << "  disk             up to " << gb(bytes * double(files)) << " for one method at a time"
             << (s.run.keep_checkpoints ? " (each stays)" : "") << ", " << gb(double(free_disk_bytes(s.checkpoint_dir()))) << " free\n"
-            << "  staging pool     " << gb(capped) << (capped < pool ? " (a quarter of the usable memory)" : "") << '\n'
+            << "  staging pool     " << describe_pool(s) << '\n'
             << "  plan             " << s.run.repeat << (s.run.repeat == 1 ? " run" : " runs") << " of none";
         for (auto const& m : s.run.methods)
             if (m != "none") out << ", " << m;

@@ -37,7 +37,7 @@ struct method_settings {
     std::size_t max_async = 4;       ///< N
     std::uint64_t buffer_bytes = 0;  ///< --buffer-size-mb
     std::uint64_t batch_bytes = 0;   ///< --batch-size-mb
-    std::uint64_t pool_bytes = 0;    ///< --pool-size-mb; 0: one image; never above a quarter of the usable memory
+    std::uint64_t pool_bytes = 0;    ///< --pool-size-mb; 0: default_pool_bytes; never above a quarter of the usable memory
     std::size_t snapshots = 2;       ///< saves put aside in GPU memory at once, at most; for trainings on a GPU
     when_busy busy = when_busy::block;
     std::size_t keep = 2;
@@ -51,6 +51,17 @@ struct method_settings {
     observer_list observers;
     std::shared_ptr<monitor_use const> monitor;  ///< null: none; for entries that take one
 };
+
+/// Where a staging pool is to be.
+enum class pool_place { host, gpu, monitor };
+
+/// The pool where no size is asked for: one image; for a GPU 256 MiB; with a monitor two images, or three with `replace`, so that
+/// the newest stays there while the next one comes. An image's bytes are rounded up to whole blocks by the caller.
+inline std::uint64_t default_pool_bytes(std::uint64_t image_bytes, pool_place place, when_busy busy) {
+    if (place == pool_place::gpu) return std::uint64_t{256} << 20;
+    if (place == pool_place::host) return image_bytes;
+    return (busy == when_busy::replace ? 3 : 2) * image_bytes;
+}
 
 /// What took effect, for the result's `config`.
 struct method_facts {

@@ -82,8 +82,12 @@ std::uint64_t block_bytes_of(method_settings const& s, bool by_layer, std::uint6
     return std::clamp<std::uint64_t>(s.buffer_bytes / block_unit_bytes * block_unit_bytes, block_unit_bytes, best_bytes);
 }
 
-/// Puts the parts together: the block's size follows from the sink and --buffer-size-mb, the pool's from the image; pools for a
-/// GPU are 256 MiB. Blocks there are no smaller than 8 MiB, so that the copies run at the bus's rate, and no larger than they
+std::uint64_t wanted_pool_bytes(method_settings const& s, std::uint64_t image_bytes, std::uint64_t block_bytes, pool_place place) {
+    return s.pool_bytes != 0 ? s.pool_bytes : default_pool_bytes((image_bytes + block_bytes - 1) / block_bytes * block_bytes, place, s.busy);
+}
+
+/// Puts the parts together: the block's size follows from the sink and --buffer-size-mb, the pool's from the image and where it
+/// is to be. Blocks for a GPU are no smaller than 8 MiB, so that the copies run at the bus's rate, and no larger than they
 /// must be: --batch-size-mb is then many blocks, which are copied, hashed and written side by side.
 template <class Staging, class Scheduling, class Sink>
 std::unique_ptr<running_method> start_with(libtorch::training_state& training, method_settings const& s, Scheduling scheduling, Sink sink,
@@ -93,9 +97,7 @@ std::unique_ptr<running_method> start_with(libtorch::training_state& training, m
     std::uint64_t const best_bytes = sink.limits().best_block_bytes;
     auto const block_bytes = block_bytes_of(s, by_layer, for_gpu ? std::max(best_bytes, std::uint64_t{8} << 20) : best_bytes);
     auto image_bytes = safetensors{}.lay_out(training.state()).size_bytes;
-    auto pool_bytes = s.pool_bytes != 0 ? s.pool_bytes
-                      : for_gpu         ? std::uint64_t{256} << 20
-                                        : (image_bytes + block_bytes - 1) / block_bytes * block_bytes;
+    auto const pool_bytes = wanted_pool_bytes(s, image_bytes, block_bytes, for_gpu ? pool_place::gpu : pool_place::host);
     auto staging =
         make_staging<Staging>(Staging::memory == memory_kind::device ? pool_bytes : std::min(pool_bytes, largest_pool_bytes()), block_bytes, s);
     facts.writing_at_once = writing_at_once;
@@ -114,8 +116,7 @@ std::unique_ptr<running_method> start_with(libtorch::training_state& training, m
 }
 
 #if VARVE_TOOL_WITH_ASIO
-/// The same with a monitor in the store's place. The pool is memory that a monitor on this machine sees too; it holds two images,
-/// or three with `replace`, so that the newest stays there while the next one comes.
+/// The same with a monitor in the store's place. The pool is memory that a monitor on this machine sees too.
 template <class Staging, class Scheduling>
 std::unique_ptr<running_method> start_with_monitor(libtorch::training_state& training, method_settings const& s, Scheduling scheduling,
                                                    method_facts facts, std::size_t writing_at_once) {
@@ -123,9 +124,7 @@ std::unique_ptr<running_method> start_with_monitor(libtorch::training_state& tra
     [[maybe_unused]] constexpr bool pinned = Staging::memory == memory_kind::pinned;  // unused without CUDA
     auto const block_bytes = block_bytes_of(s, by_layer, std::uint64_t{8} << 20);
     auto const image_bytes = safetensors{}.lay_out(training.state()).size_bytes;
-    std::uint64_t const images = s.busy == when_busy::replace ? 3 : 2;
-    auto const wanted = s.pool_bytes != 0 ? s.pool_bytes : images * ((image_bytes + block_bytes - 1) / block_bytes) * block_bytes;
-    auto const pool_bytes = std::min(wanted, largest_pool_bytes());
+    auto const pool_bytes = std::min(wanted_pool_bytes(s, image_bytes, block_bytes, pool_place::monitor), largest_pool_bytes());
     auto const where = asio::parse_address(s.monitor->address);
     asio::monitor_sink_options sink_options;
     sink_options.files = store_options_of(s);

@@ -148,6 +148,24 @@ BOOST_AUTO_TEST_CASE(a_dry_run_of_everything_does_nothing) {
     BOOST_TEST(!std::filesystem::exists(folder / "results"));
 }
 
+BOOST_AUTO_TEST_CASE(a_dry_run_tells_the_pool_of_methods_with_a_monitor_and_without) {
+    auto pool_of = [](std::vector<std::string> const& more) {
+        auto const r =
+            run_tool(joined({"bench", "--dry-run", "--d-model", "32", "--num-layers", "1", "--nhead", "2", "--vocab-size", "20000"}, more));
+        BOOST_TEST_REQUIRE(r.code == 0, r.err);
+        auto const at = r.out.find("staging pool");
+        return r.out.substr(at, r.out.find('\n', at) - at);
+    };
+    auto const one = pool_of({"--methods", "layerwise"});
+    BOOST_TEST(one.find("monitor") == std::string::npos, one);
+    BOOST_TEST(pool_of({"--methods", "layerwise", "--pool-size-mb", "3"}).find("0.003") != std::string::npos);
+    if (!has_monitor()) return skip("the monitor is not built");
+    BOOST_TEST(pool_of({"--methods", "layerwise", "layerwise-monitor"}).starts_with(one + "; "));
+    BOOST_TEST(pool_of({"--methods", "layerwise", "--use-monitor"}).ends_with("with a monitor"));
+    BOOST_TEST(pool_of({"--methods", "layerwise", "--use-monitor"}) !=
+               pool_of({"--methods", "layerwise", "--use-monitor", "--when-busy", "replace"}));
+}
+
 BOOST_AUTO_TEST_CASE(help_and_list_are_there) {
     for (std::vector<std::string> const& args : {std::vector<std::string>{"--help"},
                                                  {"--version"},
