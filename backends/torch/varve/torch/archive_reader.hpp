@@ -45,8 +45,8 @@ public:
     checkpoint_identity restore(int fd, state& s, restore_options const& options) const override {
         detail::zip_directory directory(fd);
         auto const expected = options.check_digests ? expected_digest(fd, directory) : 0;
-        auto identity = options.check_digests ? identity_of(fd, directory) : checkpoint_identity{};
         auto const match = detail::match_archive(fd, directory, s, options.model_only);
+        auto identity = options.check_digests ? identity_of(fd, directory) : checkpoint_identity{};
         for (auto const& l : s.layers)
             for (auto const& t : l.tensors) varve::detail::expect_reachable(t, options.device, "cannot restore ");
         if (options.verify_first) verify(fd, options.workers);
