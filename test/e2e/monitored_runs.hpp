@@ -42,34 +42,7 @@ struct workplace {
     }
 
     std::vector<std::string> train(std::string const& store, std::uint64_t steps, std::vector<std::string> const& more) const {
-        return joined({"train",
-                       "--method",
-                       "layerwise",
-                       "--dir",
-                       folder / store,
-                       "--events",
-                       folder / (store + ".events"),
-                       "--num-steps",
-                       std::to_string(steps),
-                       "--d-model",
-                       "32",
-                       "--num-layers",
-                       "2",
-                       "--nhead",
-                       "4",
-                       "--vocab-size",
-                       "2000",
-                       "--dim-feedforward",
-                       "64",
-                       "--num-samples",
-                       "64",
-                       "--seq-len",
-                       "16",
-                       "--batch-size",
-                       "2",
-                       "--checkpoint-freq",
-                       "1"},
-                      more);
+        return every_step_run(folder / store, folder / (store + ".events"), steps, more);
     }
 
     /// Processes `varve monitor` that have to do with this folder.

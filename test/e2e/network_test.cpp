@@ -91,34 +91,7 @@ private:
 };
 
 std::vector<std::string> train(two_hosts const& hosts, std::string const& store, std::uint64_t steps, std::vector<std::string> const& more) {
-    return joined({"train",
-                   "--method",
-                   "layerwise",
-                   "--dir",
-                   store,
-                   "--events",
-                   hosts.folder / "events",
-                   "--num-steps",
-                   std::to_string(steps),
-                   "--d-model",
-                   "32",
-                   "--num-layers",
-                   "2",
-                   "--nhead",
-                   "4",
-                   "--vocab-size",
-                   "2000",
-                   "--dim-feedforward",
-                   "64",
-                   "--num-samples",
-                   "64",
-                   "--seq-len",
-                   "16",
-                   "--batch-size",
-                   "2",
-                   "--checkpoint-freq",
-                   "1"},
-                  more);
+    return every_step_run(store, hosts.folder / "events", steps, more);
 }
 
 std::uint64_t newest(two_hosts const& hosts, std::string const& event) { return largest(steps_of(hosts.folder / "events", event)); }

@@ -175,6 +175,14 @@ std::vector<std::string> tiny_model(std::vector<std::string> const& more) {
                   more);
 }
 
+std::vector<std::string> every_step_run(std::string const& store, std::string const& events, std::uint64_t steps,
+                                        std::vector<std::string> const& more) {
+    std::vector<std::string> const run{"train", "--method", "layerwise", "--dir", store, "--events", events, "--num-steps", std::to_string(steps)};
+    std::vector<std::string> const model{"--d-model", "32", "--num-layers", "2", "--nhead", "4", "--vocab-size", "2000", "--dim-feedforward", "64"};
+    std::vector<std::string> const data{"--num-samples", "64", "--seq-len", "16", "--batch-size", "2", "--checkpoint-freq", "1"};
+    return joined(joined(joined(run, model), data), more);
+}
+
 bool has_update(std::string const& name) { return run_tool({"bench", "--dry-run", "--device", "cpu", "--update", name}).code == 0; }
 
 std::size_t line_count(std::string const& text) { return static_cast<std::size_t>(std::count(text.begin(), text.end(), '\n')); }
