@@ -1,6 +1,5 @@
 #include "pt_file.hpp"
 
-#include <sys/stat.h>
 #include <algorithm>
 #include <cstring>
 #include <span>
@@ -24,10 +23,11 @@ class archive_checkpoint final : public checkpoint_file {
 public:
     explicit archive_checkpoint(file_descriptor fd) : fd_(std::move(fd)) {
         archives::zip_directory const directory(fd_.get());
-        struct stat info{};
-        ::fstat(fd_.get(), &info);
-        file_bytes_ = static_cast<std::uint64_t>(info.st_size);
-        for (auto const& t : archives::parse_index(archives::text_record(fd_.get(), directory, archives::index_record))) add(t, directory);
+        file_bytes_ = directory.file_bytes();
+        for (auto& t : archives::read_index(fd_.get(), directory)) {
+            tensors_.push_back({std::move(t.name), t.type, std::move(t.shape), t.size_bytes, t.offset_bytes, tensors_.size()});
+            values_.push_back(std::move(t.value));
+        }
         auto identity = libtorch::archive_reader{}.identify(fd_.get());
         metadata_ = std::move(identity.metadata);
         metadata_.emplace(detail::step_key, std::to_string(identity.step));
@@ -50,24 +50,6 @@ public:
     }
 
 private:
-    void add(archives::indexed_tensor const& t, archives::zip_directory const& directory) {
-        file_tensor out{t.name, t.type, t.shape, element_bytes(t.type), 0, tensors_.size()};
-        for (auto d : t.shape)
-            if (__builtin_mul_overflow(out.size_bytes, static_cast<std::uint64_t>(d), &out.size_bytes))
-                detail::refuse_file("the tensor " + detail::printable(t.name) + " has an impossible shape");
-        std::vector<std::byte> value;
-        if (t.where.starts_with('=')) {
-            value = archives::bytes_from_hex(std::string_view(t.where).substr(1), out.size_bytes);
-        } else if (!t.where.empty()) {
-            auto const* record = directory.find(std::string(archives::archive_folder) + t.where);
-            if (!record || record->size_bytes != out.size_bytes)
-                detail::refuse_file("the tensor " + detail::printable(t.name) + " has no record of its size");
-            out.offset_bytes = archives::data_offset(*record);
-        }
-        tensors_.push_back(std::move(out));
-        values_.push_back(std::move(value));
-    }
-
     file_descriptor fd_;
     std::uint64_t file_bytes_ = 0;
     std::vector<file_tensor> tensors_;

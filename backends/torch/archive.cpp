@@ -6,6 +6,7 @@
 #include <unordered_map>
 
 #include "varve/detail/text.hpp"
+#include "varve/torch/detail/archive_index.hpp"
 #include "varve/torch/detail/pickle.hpp"
 #include "varve/torch/detail/zip_writer.hpp"
 #include "varve/torch/write_archive.hpp"
@@ -37,13 +38,16 @@ public:
     void write(byte_stream& out) {
         auto const pickle = pickled();
         auto const index = index_text();
+        auto const metadata = nlohmann::json(values_.metadata).dump();
+        expect_readable(index, "names and shapes of its tensors");
+        expect_readable(metadata, "metadata");
         detail::zip_writer zip(out);
         auto named = [](std::string_view name) { return std::string(detail::archive_folder) += name; };
         zip.record(named("data.pkl"), pickle);
         zip.record(named("byteorder"), "little");
         for (std::size_t i = 0; i < records_.size(); ++i) {
             auto const& r = records_[i];
-            zip.begin(named("data/" + std::to_string(i)), r.source ? r.source->size_bytes() : sizeof(float));
+            zip.begin(named(record_name(i)), r.source ? r.source->size_bytes() : sizeof(float));
             if (!r.source)
                 zip.add(std::as_bytes(std::span(&r.step, 1)));
             else
@@ -53,7 +57,7 @@ public:
         zip.record(named("version"), "3\n");
         zip.record(std::string(detail::step_record), std::to_string(values_.step));
         zip.record(std::string(detail::sequence_record), std::to_string(values_.sequence));
-        zip.record(std::string(detail::metadata_record), nlohmann::json(values_.metadata).dump());
+        zip.record(std::string(detail::metadata_record), metadata);
         zip.record(std::string(detail::index_record), index);
         zip.record(std::string(detail::digest_record), varve::detail::hex(zip.digest()));
         zip.finish();
@@ -65,6 +69,15 @@ private:
         tensor const* source = nullptr;
         float step = 0;
     };
+
+    static std::string record_name(std::size_t index) { return std::string(detail::data_folder) + std::to_string(index); }
+
+    /// What the reader would refuse is refused before a byte is written.
+    static void expect_readable(std::string const& record, char const* what) {
+        if (record.size() > detail::max_text_record_bytes)
+            throw error(invalid(), "the torch archive has no room for the " + std::string(what) + ": " + std::to_string(record.size()) +
+                                       " bytes of at most " + std::to_string(detail::max_text_record_bytes));
+    }
 
     tensor const* find(std::string const& name) const {
         auto it = tensors_.find(name);
@@ -188,7 +201,7 @@ private:
             for (auto const& t : l.tensors) {
                 std::string where;
                 if (auto it = record_of_.find(&t); it != record_of_.end())
-                    where = "data/" + std::to_string(it->second);
+                    where = record_name(it->second);
                 else if (t.shape.empty())
                     where = "=" + detail::hex_bytes(std::span(static_cast<std::byte const*>(t.data), t.size_bytes()));
                 else if (!zeros_.contains(&t))

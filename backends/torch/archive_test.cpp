@@ -208,12 +208,15 @@ BOOST_AUTO_TEST_CASE(hostile_records_are_refused) {
         return out.text;
     };
     auto restoring = [&](std::string const& index) {
-        memory_file file(archive_with({{"varve/tensors", index}}));
+        memory_file file(archive_with({{"data/0", "12345678"}, {"varve/tensors", index}}));
         return code_of([&] { archive_reader().restore(file.fd(), from.training->state(), {}); });
     };
     using varve::errc;
     for (auto const* index : {"", "{}", "[", "[1]", "[[]]", R"([["a","F32",[2],3]])", R"([["a","F99",[2],""]])", R"([["a","F32",[-1],""]])",
                               R"([["a","F32",[1e300],""]])", R"([["model.frozen","F32",[12],"data/9"]])", R"([["model.frozen","F32",[12],"=00"]])"})
+        BOOST_TEST(restoring(index) == errc::malformed, index);
+    for (auto const* index : {R"([["model.frozen","U8",[16],"varve/digest"]])", R"([["a","F32",[1000000],""]])",
+                              R"([["a","I64",[],"data/0"],["b","I64",[],"data/0"]])", R"([["a","F32",[9223372036854775807,9],""]])"})
         BOOST_TEST(restoring(index) == errc::malformed, index);
     BOOST_TEST(restoring(std::string(200'000, '[')) == errc::malformed);
     BOOST_TEST(restoring("[]") == errc::mismatch);
@@ -231,6 +234,15 @@ BOOST_AUTO_TEST_CASE(metadata_that_is_varves_or_not_utf8_is_refused) {
     auto const invalid = std::make_error_code(std::errc::invalid_argument);
     BOOST_TEST(code_of([&] { streamed(*from.training, {1, 1, {{"varve.step", "2"}}}); }) == invalid);
     BOOST_TEST(code_of([&] { streamed(*from.training, {1, 1, {{"a", "\xff"}}}); }) == invalid);
+}
+
+BOOST_AUTO_TEST_CASE(metadata_that_the_reader_would_refuse_is_not_written) {
+    trained<odd_model> from(optimizers()[0].make, 0);
+    text_stream out;
+    varve::commit_values const values{1, 1, {{"a", std::string(16u << 20, 'x')}}};
+    BOOST_TEST(code_of([&] { archive(*from.training).stream(from.training->state(), values, out); }) ==
+               std::make_error_code(std::errc::invalid_argument));
+    BOOST_TEST(out.text.empty());
 }
 
 BOOST_AUTO_TEST_CASE(python_loads_model_and_optimizer_as_they_are) {

@@ -24,8 +24,9 @@ public:
     explicit archive(training_state const& training, std::shared_ptr<device_memory> device = nullptr) noexcept
         : training_(&training), device_(std::move(device)) {}
 
-    /// Writes the whole file, in order. `s` is the training state's. Throws errc::unsupported for tensors in GPU memory without
-    /// a way there, and std::errc::invalid_argument for metadata keys that begin with `varve.` and for what is not UTF-8.
+    /// Writes the whole file, in order. `s` is the training state's. Throws, before the first byte, errc::unsupported for tensors in
+    /// GPU memory without a way there, and std::errc::invalid_argument for metadata keys that begin with `varve.`, for what is not
+    /// UTF-8, and for metadata, or tensors' names and shapes, of more than 16 MiB, which no reader would take.
     void stream(state const& s, commit_values const& values, byte_stream& out) const;
 
 private:

@@ -9,6 +9,8 @@
 #include <string>
 #include <string_view>
 #include <unordered_map>
+#include <unordered_set>
+#include <utility>
 #include <vector>
 
 #include "varve/detail/safetensors_match.hpp"
@@ -20,22 +22,16 @@ namespace varve::libtorch::detail {
 
 /// Every record's name begins with it, as torch.save has it.
 inline constexpr std::string_view archive_folder = "archive/";
+/// Behind that, the records of tensors' bytes.
+inline constexpr std::string_view data_folder = "data/";
 inline constexpr std::string_view digest_record = "archive/varve/digest";
 inline constexpr std::string_view index_record = "archive/varve/tensors";
 inline constexpr std::string_view step_record = "archive/varve/step";
 inline constexpr std::string_view sequence_record = "archive/varve/sequence";
 inline constexpr std::string_view metadata_record = "archive/varve/metadata";
 
+/// Of the records that say something about the others; with no more in the index, the central directory stays below its limit.
 inline constexpr std::uint64_t max_text_record_bytes = 16u << 20;
-
-/// A state's tensor as the archive has it. The index (`varve/tensors`) is a JSON list of [name, dtype, shape, where]: where is a
-/// record's name, or the bytes themselves in hex behind a `=` (scalars, which Python has as numbers), or empty (zeros).
-struct indexed_tensor {
-    std::string name;
-    varve::dtype type = dtype::F32;
-    std::vector<std::int64_t> shape;
-    std::string where;
-};
 
 /// A record of varve's own, against its checksum: what it says is believed before the digest is known to fit.
 inline std::string text_record(int fd, zip_directory const& directory, std::string_view name) {
@@ -46,27 +42,6 @@ inline std::string text_record(int fd, zip_directory const& directory, std::stri
     if (crc32(0, std::as_bytes(std::span(text.data(), text.size()))) != r->crc)
         throw error(errc::not_whole, "not a whole checkpoint: broken record " + std::string(name.substr(archive_folder.size())));
     return text;
-}
-
-/// Throws errc::malformed for an index that breaks the rules above.
-inline std::vector<indexed_tensor> parse_index(std::string const& text) {
-    auto const json = nlohmann::json::parse(text, nullptr, false);
-    auto refuse = [] { refuse_file("its record varve/tensors is not a list of tensors"); };
-    if (!json.is_array()) refuse();
-    std::vector<indexed_tensor> out;
-    out.reserve(json.size());
-    for (auto const& e : json) {
-        if (!e.is_array() || e.size() != 4 || !e[0].is_string() || !e[1].is_string() || !e[2].is_array() || !e[3].is_string()) refuse();
-        auto type = dtype_from_name(e[1].get_ref<std::string const&>());
-        if (!type || e[2].size() > varve::detail::max_dimensions) refuse();
-        indexed_tensor t{e[0].get<std::string>(), *type, {}, e[3].get<std::string>()};
-        for (auto const& d : e[2]) {
-            if (!d.is_number_unsigned() || d.get<std::uint64_t>() > static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max())) refuse();
-            t.shape.push_back(static_cast<std::int64_t>(d.get<std::uint64_t>()));
-        }
-        out.push_back(std::move(t));
-    }
-    return out;
 }
 
 inline std::string hex_bytes(std::span<std::byte const> bytes) {
@@ -87,6 +62,56 @@ inline std::vector<std::byte> bytes_from_hex(std::string_view digits, std::uint6
         auto high = value(digits[i]), low = value(digits[i + 1]);
         if (high > 15 || low > 15) refuse_file("its record varve/tensors has a value that is not in hex digits");
         out.push_back(static_cast<std::byte>(high << 4 | low));
+    }
+    return out;
+}
+
+/// A state's tensor as the archive has it.
+struct indexed_tensor {
+    std::string name;
+    varve::dtype type = dtype::F32;
+    std::vector<std::int64_t> shape;
+    std::uint64_t size_bytes = 0;
+    std::uint64_t offset_bytes = 0;  ///< of its bytes in the file, where they are a record; else 0
+    std::vector<std::byte> value;    ///< its bytes, where the index has them; zeros where neither is there
+};
+
+/// The index (`varve/tensors`): a JSON list of [name, dtype, shape, where]. Where is the name of a record below `data/`, no two
+/// tensors' the same, or the bytes themselves in hex behind a `=` (scalars, which Python has as numbers), or empty (zeros, of no more
+/// bytes in all than the file has: a parameter's momentum before the first update). Throws errc::malformed for one that breaks these rules.
+inline std::vector<indexed_tensor> read_index(int fd, zip_directory const& directory) {
+    auto const json = nlohmann::json::parse(text_record(fd, directory, index_record), nullptr, false);
+    auto refuse = [] { refuse_file("its record varve/tensors is not a list of tensors"); };
+    if (!json.is_array()) refuse();
+    std::vector<indexed_tensor> out;
+    out.reserve(json.size());
+    std::unordered_set<zip_record const*> taken;
+    auto zeros_left = directory.file_bytes();
+    for (auto const& e : json) {
+        if (!e.is_array() || e.size() != 4 || !e[0].is_string() || !e[1].is_string() || !e[2].is_array() || !e[3].is_string()) refuse();
+        auto type = dtype_from_name(e[1].get_ref<std::string const&>());
+        if (!type || e[2].size() > varve::detail::max_dimensions) refuse();
+        indexed_tensor t{e[0].get<std::string>(), *type, {}, element_bytes(*type), 0, {}};
+        auto refuse_tensor = [&](char const* what) { refuse_file("the tensor " + varve::detail::printable(t.name) + what); };
+        for (auto const& d : e[2]) {
+            if (!d.is_number_unsigned() || d.get<std::uint64_t>() > static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max())) refuse();
+            t.shape.push_back(static_cast<std::int64_t>(d.get<std::uint64_t>()));
+            if (__builtin_mul_overflow(t.size_bytes, d.get<std::uint64_t>(), &t.size_bytes)) refuse_tensor(" has an impossible shape");
+        }
+        auto const& where = e[3].get_ref<std::string const&>();
+        if (where.starts_with('=')) {
+            t.value = bytes_from_hex(std::string_view(where).substr(1), t.size_bytes);
+        } else if (!where.empty()) {
+            auto const* record = where.starts_with(data_folder) ? directory.find(std::string(archive_folder) + where) : nullptr;
+            if (!record || record->size_bytes != t.size_bytes) refuse_tensor(" has no record of its size");
+            if (!taken.insert(record).second) refuse_tensor(" has the record of another");
+            t.offset_bytes = data_offset(*record);
+        } else if (t.size_bytes > zeros_left) {
+            refuse_tensor(" would be zeros, more of them than the file has bytes");
+        } else {
+            zeros_left -= t.size_bytes;
+        }
+        out.push_back(std::move(t));
     }
     return out;
 }
@@ -112,10 +137,8 @@ inline archive_match match_archive(int fd, zip_directory const& directory, state
     for (auto const& l : s.layers)
         for (auto const& t : l.tensors)
             if (counts(t.name)) wanted.emplace(t.name, &t);
-    std::unordered_map<std::string_view, zip_record const*> records;
-    for (auto const& r : directory.records()) records.emplace(r.name, &r);
     archive_match out;
-    for (auto const& e : parse_index(text_record(fd, directory, index_record))) {
+    for (auto& e : read_index(fd, directory)) {
         if (!counts(e.name)) continue;
         auto found = wanted.find(e.name);
         if (found == wanted.end())
@@ -125,16 +148,12 @@ inline archive_match match_archive(int fd, zip_directory const& directory, state
         if (t.type != e.type || t.shape != e.shape)
             refuse_match("its tensor " + printable(e.name) + " is " + describe(e.type, e.shape) + ", and the state's is " +
                          describe(t.type, t.shape));
-        if (e.where.empty()) {
+        if (e.offset_bytes != 0)
+            out.from_records.push_back({e.offset_bytes, &t});
+        else if (!e.value.empty())
+            out.values.push_back({&t, std::move(e.value)});
+        else
             out.zeros.push_back(&t);
-        } else if (e.where.front() == '=') {
-            out.values.push_back({&t, bytes_from_hex(std::string_view(e.where).substr(1), t.size_bytes())});
-        } else {
-            auto record = records.find(std::string(archive_folder) + e.where);
-            if (record == records.end() || record->second->size_bytes != t.size_bytes())
-                refuse_file("the tensor " + printable(e.name) + " has no record of its size");
-            out.from_records.push_back({data_offset(*record->second), &t});
-        }
     }
     if (!wanted.empty()) refuse_match("it lacks the tensor " + printable(wanted.begin()->first));
     std::sort(out.from_records.begin(), out.from_records.end(), [](auto const& a, auto const& b) { return a.begin < b.begin; });

@@ -1,12 +1,11 @@
 #pragma once
 
 #include <sys/stat.h>
-#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <string>
 #include <string_view>
-#include <unordered_set>
+#include <unordered_map>
 #include <vector>
 
 #include "varve/detail/header_source.hpp"
@@ -44,9 +43,9 @@ public:
     explicit zip_directory(int fd) {
         struct stat info{};
         if (::fstat(fd, &info) != 0) throw_if(last_system_error(errno), "cannot read the file's size");
-        auto const size = static_cast<std::uint64_t>(info.st_size);
-        if (size < end_record_bytes) refuse_file("it is too short for a zip file");
-        read_end(fd, size);
+        file_bytes_ = static_cast<std::uint64_t>(info.st_size);
+        if (file_bytes_ < end_record_bytes) refuse_file("it is too short for a zip file");
+        read_end(fd, file_bytes_);
         auto const directory = read_text(fd, offset_, size_bytes_);
         parse(directory);
         std::string rebuilt;
@@ -56,10 +55,14 @@ public:
         check_records(fd);
     }
 
+    zip_directory(zip_directory const&) = delete;
+    zip_directory& operator=(zip_directory const&) = delete;
+
+    std::uint64_t file_bytes() const noexcept { return file_bytes_; }
     std::vector<zip_record> const& records() const noexcept { return records_; }
     zip_record const* find(std::string_view name) const noexcept {
-        auto it = std::find_if(records_.begin(), records_.end(), [&](auto const& r) { return r.name == name; });
-        return it == records_.end() ? nullptr : &*it;
+        auto it = by_name_.find(name);
+        return it == by_name_.end() ? nullptr : it->second;
     }
 
 private:
@@ -118,12 +121,11 @@ private:
     }
 
     /// Each record begins where the one before it ends, and what stands around its data is as the directory says.
-    void check_records(int fd) const {
-        std::unordered_set<std::string_view> names;
+    void check_records(int fd) {
         std::uint64_t at = 0;
         for (auto const& r : records_) {
             auto wrong = [&](char const* what) { refuse_file("record " + varve::detail::printable(r.name) + ' ' + what); };
-            if (!names.insert(r.name).second) wrong("is there twice");
+            if (!by_name_.emplace(r.name, &r).second) wrong("is there twice");
             auto const header = local_header(r);
             auto const descriptor = data_descriptor_bytes(r);
             if (r.offset != at || header.size() > offset_ - at || r.size_bytes > offset_ - at - header.size() ||
@@ -137,8 +139,10 @@ private:
         if (at != offset_) refuse_file("it has bytes between its records and its central directory");
     }
 
+    std::uint64_t file_bytes_ = 0;
     std::uint64_t count_ = 0, size_bytes_ = 0, offset_ = 0;
     std::vector<zip_record> records_;
+    std::unordered_map<std::string_view, zip_record const*> by_name_;
 };
 
 }  // namespace varve::libtorch::detail
