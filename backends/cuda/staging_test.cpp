@@ -288,6 +288,7 @@ BOOST_AUTO_TEST_CASE(without_gpu_memory_for_a_snapshot_saves_work_and_say_why) {
     pinned_staging staging(2 * block, block, {.snapshots = 2});
     BOOST_TEST(staging.prepare_snapshots(varve::safetensors{}.lay_out(model.state()), model.state(), 2) == 2u);
     BOOST_TEST(staging.describe().find("2 snapshots in ") != std::string::npos, staging.describe());
+    BOOST_TEST((staging.digests_snapshots() == (staging.describe().find("hashed there") != std::string::npos)));
 }
 
 BOOST_AUTO_TEST_CASE(a_state_without_a_gpu_tensor_is_saved_without_a_snapshot) {

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include <varve/checkpointer.hpp>
+#include <varve/detail/digest.hpp>
 #include <varve/scheduling/async.hpp>
 #include <varve/scheduling/layerwise.hpp>
 #include <varve/staging/host.hpp>
@@ -98,6 +99,55 @@ private:
 };
 
 static_assert(varve::snapshotting_staging<aside_staging> && !varve::snapshotting_staging<varve::host_staging>);
+
+/// One that hashes them, too.
+class hashing_staging : public aside_staging {
+public:
+    struct control {
+        std::atomic<bool> able{true};
+        std::atomic<int> hashed{0};       ///< snapshots
+        std::atomic<int> fail_after{-1};  ///< snapshots until one cannot be hashed; -1: never
+        std::uint64_t spoil = 0;          ///< goes into every digest
+    };
+
+    hashing_staging(std::size_t pool_bytes, std::size_t block_bytes, std::size_t most, std::shared_ptr<control> c)
+        : aside_staging(pool_bytes, block_bytes, most), control_(std::move(c)) {}
+
+    bool digests_snapshots() const noexcept { return control_->able; }
+    std::error_code digest(snapshot_type const& from, std::span<std::uint64_t> out) noexcept {
+        ++control_->hashed;
+        if (control_->fail_after >= 0 && control_->fail_after-- == 0) return std::make_error_code(std::errc::bad_address);
+        varve::detail::chunk_digests(*from.bytes, out);
+        for (auto& d : out) d ^= control_->spoil;
+        return {};
+    }
+
+private:
+    std::shared_ptr<control> control_;
+};
+
+static_assert(varve::snapshot_digesting_staging<hashing_staging> && !varve::snapshot_digesting_staging<aside_staging>);
+
+template <class Scheduling>
+using hashing_checkpointer = varve::checkpointer<hashing_staging, Scheduling, plain_file_sink>;
+
+template <class Scheduling>
+void hashes_each_snapshot_once(Scheduling scheduling) {
+    for (std::size_t pool_blocks : {1, 16}) {
+        temporary_folder dir;
+        toy_model model(6, floats_per_block / 2 + 17);
+        auto control = std::make_shared<hashing_staging::control>();
+        hashing_checkpointer<Scheduling> ck(model.state(), {pool_blocks * block, block, 2, control}, scheduling, plain_file_sink(), dir.path(),
+                                            quick_store(1000));
+        for (std::uint64_t step = 1; step <= 4; ++step) train_step(ck, model, step);
+        ck.drain();
+        BOOST_TEST(control->hashed == 4);
+        varve::restore_options thorough;
+        thorough.verify_first = true;
+        BOOST_TEST(ck.restore({}, thorough)->step == 4u);
+        BOOST_TEST(model.is_of(4));
+    }
+}
 
 template <class Scheduling>
 using checkpointer = varve::checkpointer<aside_staging, Scheduling, plain_file_sink>;
@@ -218,6 +268,40 @@ BOOST_AUTO_TEST_CASE(a_save_that_ends_early_leaves_its_snapshot_and_its_layers_f
         }
         BOOST_TEST(!train_step(ck, model, 4).durable().wait());
     }
+}
+
+BOOST_AUTO_TEST_CASE(a_staging_that_hashes_its_snapshots_does_so_once_a_save) {
+    hashes_each_snapshot_once(varve::async<2>{});
+    hashes_each_snapshot_once(varve::layerwise<2>{});
+}
+
+BOOST_AUTO_TEST_CASE(a_wrong_digest_of_a_snapshot_is_a_checkpoint_that_is_not_whole_and_none_is_made_where_it_cannot) {
+    toy_model model;
+    auto control = std::make_shared<hashing_staging::control>();
+    control->spoil = 1;
+    for (bool able : {true, false}) {
+        temporary_folder dir;
+        control->able = able;
+        hashing_checkpointer<varve::async<1>> ck(model.state(), {block, block, 1, control}, {}, plain_file_sink(), dir.path());
+        BOOST_TEST(!ck.save(1).durable().wait());
+        if (able)
+            BOOST_CHECK_THROW(ck.restore(), varve::error);
+        else
+            BOOST_TEST(ck.restore()->step == 1u);
+        BOOST_TEST(control->hashed == 1);
+    }
+}
+
+BOOST_AUTO_TEST_CASE(a_snapshot_that_cannot_be_hashed_fails_its_save_and_no_other) {
+    temporary_folder dir;
+    toy_model model(6, floats_per_block / 2 + 17);
+    auto control = std::make_shared<hashing_staging::control>();
+    control->fail_after = 0;
+    hashing_checkpointer<varve::layerwise<2>> ck(model.state(), {2 * block, block, 1, control}, {}, plain_file_sink(), dir.path());
+    BOOST_TEST((train_step(ck, model, 1).durable().wait() == std::errc::bad_address));
+    BOOST_TEST(!train_step(ck, model, 2).durable().wait());
+    BOOST_TEST(ck.restore()->step == 2u);
+    BOOST_TEST(model.is_of(2));
 }
 
 BOOST_AUTO_TEST_SUITE_END()

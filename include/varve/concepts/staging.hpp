@@ -114,6 +114,12 @@ concept snapshots = requires { typename S::snapshot_type; } && snapshot<typename
                         { s.copy(b, at, shot, offset, size, taken) } noexcept -> std::same_as<typename S::token_type>;
                     };
 
+template <class S>
+concept snapshot_digest = requires(S& s, S const& c, typename S::snapshot_type const& shot, std::span<std::uint64_t> out) {
+    { c.digests_snapshots() } noexcept -> std::same_as<bool>;
+    { s.digest(shot, out) } noexcept -> std::same_as<std::error_code>;
+};
+
 }  // namespace detail::staging_has
 
 /// S satisfies `snapshotting_staging`, a staging that can put a whole save aside where its tensors are, so that training
@@ -130,6 +136,15 @@ concept snapshots = requires { typename S::snapshot_type; } && snapshot<typename
 /// The training thread acquires and takes; the copying thread copies.
 template <class S>
 concept snapshotting_staging = staging<S> && detail::staging_has::snapshots<S>;
+
+/// S satisfies `snapshot_digesting_staging`, a staging that hashes its snapshots where they lie, if it is a snapshotting_staging and:
+///  1. `digests_snapshots()` is noexcept and says, from prepare_snapshots on, whether it can here; if not, what is copied is hashed;
+///  2. `digest(snapshot, digests)` is noexcept and puts the XXH3-64 (seed 0) of each chunk of digest_chunk_bytes of the image's
+///     data, the last of which may be shorter, into `digests`, which has room for just these;
+///  3. it returns when they are there, or with the error that kept them away.
+/// Called by the copying thread once the copies of the whole image were issued, and before all of them were waited for.
+template <class S>
+concept snapshot_digesting_staging = snapshotting_staging<S> && detail::staging_has::snapshot_digest<S>;
 
 /// A staging that knows the way to tensors which the CPU cannot reach: `reach(order)` gives it, once the work in `order` is
 /// done, for restores.

@@ -43,6 +43,7 @@ public:
         }
         if (!job) job = line_.make_job();
         job->start(step, std::move(aside));
+        if constexpr (snapshot_digesting_staging<Staging>) job->hashed_aside = job->by_snapshot && line_.hashes && staging_.digests_snapshots();
         line_.options.observers.on({.what = milestone::begin, .step = step, .bytes = line_.layout.size_bytes});
         std::lock_guard lock(line_.mutex);
         line_.jobs.push_back(job);

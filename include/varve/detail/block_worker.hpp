@@ -72,7 +72,7 @@ private:
     }
 
     void hash(block_type& block) {
-        if (!line_.hashes) return;
+        if (!line_.hashes || block.job->hashed_aside) return;
         auto const& plan = line_.map.blocks()[block.index];
         auto first = (plan.offset_bytes - line_.layout.header_bytes) / digest_chunk_bytes;
         auto out = std::span(block.job->chunk_digests).subspan(first);

@@ -142,6 +142,8 @@ private:
             lock.lock();
         }
         if (job->error || job->next_part < parts.size()) return;
+        if (job->next_block + 1 == line_.blocks()) hash_snapshot(*job, lock);
+        if (job->error) return;
         job->filling = false;
         line_.staged.push_back({job, job->next_block});
         ++job->next_block;
@@ -161,6 +163,16 @@ private:
             }
         }
         return staging_.copy(block.buffer, ranges_, *job.points[layer]);
+    }
+
+    /// Where the digests are made of the snapshot: while the last block keeps it.
+    void hash_snapshot([[maybe_unused]] job_type& job, [[maybe_unused]] std::unique_lock<std::mutex>& lock) {
+        if constexpr (snapshot_digesting_staging<Staging>) {
+            if (!job.hashed_aside) return;
+            lock.unlock();
+            if (auto ec = staging_.digest(job.snapshot, job.chunk_digests)) line_.fail(job, ec);
+            lock.lock();
+        }
     }
 
     /// A save that was lost half way through a block gives the buffer back once nothing copies into it: neither of the

@@ -75,6 +75,7 @@ struct save_job {
     /// Where the layers are put aside first, if there was room for it at begin. Emptied once all blocks are staged.
     typename snapshot_of<Staging>::type snapshot{};
     bool by_snapshot = false;
+    bool hashed_aside = false;                     ///< the digests are made of the snapshot, not of the blocks
     std::vector<std::optional<token_type>> taken;  ///< a layer's, once it is in the snapshot
     std::vector<std::size_t> untaken;              ///< announced, and not taken yet; the training thread's
     std::uint64_t untaken_bytes = 0;
@@ -90,7 +91,7 @@ struct save_job {
     std::vector<std::size_t> held;  ///< staged blocks that wait for the turn
     std::size_t open_blocks = 0;    ///< between the tensors and the sink
 
-    std::vector<std::uint64_t> chunk_digests;  ///< made with the first block; each written once, by the worker that has its block
+    std::vector<std::uint64_t> chunk_digests;  ///< made with the first block; each written once, with its block or the snapshot
 
     turn place = turn::waiting;
     std::optional<slot> file;           ///< of file sinks

@@ -36,7 +36,8 @@ struct pinned_staging_options {
 /// waits for a whole device, and the training thread waits for no copy. Tensors may lie on several devices and in host
 /// memory; those that say memory_kind::host have been written by the CPU when their layer is announced, those that say
 /// pinned may be written by the stream. A stream that is being captured cannot be copied from: the save ends with errc::unsupported.
-/// With snapshots it satisfies snapshotting_staging. Source: CUDA Runtime API, "Stream Management", "Event Management".
+/// With snapshots it satisfies snapshot_digesting_staging: the CPU touches no byte of a save. Source: CUDA Runtime API, "Stream Management", "Event
+/// Management".
 ///
 ///     varve::cuda::pinned_staging staging(8 * block_bytes, block_bytes, {.snapshots = 2});
 class pinned_staging : public detail::stream_staging {
@@ -139,6 +140,6 @@ private:
 };
 
 static_assert(lending_staging<pinned_staging>);
-static_assert(snapshotting_staging<pinned_staging> && reaching_staging<pinned_staging> && wait_measuring_staging<pinned_staging>);
+static_assert(snapshot_digesting_staging<pinned_staging> && reaching_staging<pinned_staging> && wait_measuring_staging<pinned_staging>);
 
 }  // namespace varve::cuda

@@ -15,22 +15,26 @@
 #include <utility>
 #include <vector>
 
+#include "varve/cuda/detail/digest.hpp"
 #include "varve/cuda/detail/enqueue.hpp"
 #include "varve/cuda/detail/gather.hpp"
 #include "varve/cuda/device.hpp"
 #include "varve/cuda/event.hpp"
 #include "varve/cuda/memory.hpp"
+#include "varve/detail/digest.hpp"
 #include "varve/detail/gather.hpp"
 #include "varve/image.hpp"
 #include "varve/state.hpp"
 
 namespace varve::cuda {
 
+static_assert(detail::chunk_bytes == digest_chunk_bytes);
+
 /// Room in GPU memory for whole saves, and what is to be put there: the image's data as one stretch of bytes.
 ///
 /// One launch gathers the layers, on a stream of its own beside the training's work: a table of 64 KiB pieces, made once
 /// since addresses stay put. Tensors in host memory go through a page-locked mirror, which the same launch reads. Without
-/// the kernel it is one copy a tensor. For states whose GPU tensors lie on one device.
+/// the kernel it is one copy a tensor. Digests are computed where the bytes lie. For states whose GPU tensors lie on one device.
 class snapshot_room : public std::enable_shared_from_this<snapshot_room> {
 public:
     /// Room for one save; gives itself back, when all copies from it are done. What is taken next follows in the stream.
@@ -73,7 +77,10 @@ public:
         relaxed_capture relaxed;
         stream_.emplace(false);
         events_ = std::make_shared<event_pool>();
-        if (detail::has_kernels()) upload_table();
+        if (detail::has_kernels()) {
+            upload_table();
+            digests_ = page_locked(varve::detail::chunk_count(bytes_) * sizeof(std::uint64_t));
+        }
         std::size_t free_bytes = 0, total_bytes = 0;
         throw_if(::cudaMemGetInfo(&free_bytes, &total_bytes), "free GPU memory");
         auto const most_bytes = static_cast<std::uint64_t>(static_cast<double>(free_bytes) * share);
@@ -112,6 +119,16 @@ public:
     }
 
     std::byte const* memory(slot const& s) const noexcept { return slots_[s.index_].memory.data(); }
+
+    /// Puts the digest of each chunk of what is in the slot by then to `out`, once the work in `stream` so far is done; they are
+    /// there when it returns. One thread's at a time, on this device.
+    std::error_code digest(slot const& from, std::span<std::uint64_t> out, cudaStream_t stream) noexcept {
+        auto* const found = reinterpret_cast<std::uint64_t*>(digests_.data());
+        auto failed = code_of(detail::chunk_digests(memory(from), bytes_, found, stream));
+        failed = events_->mark(stream, failed).wait();
+        if (!failed) std::copy_n(found, varve::detail::chunk_count(bytes_), out.begin());
+        return failed;
+    }
 
     /// Gathers the layers once the work before the points is done.
     event take(slot const& into, std::span<std::size_t const> layers, std::span<event const> points) noexcept {
@@ -242,6 +259,7 @@ private:
     std::vector<std::size_t> first_piece_;                   ///< of a layer, in the table
     std::uint64_t mirror_bytes_ = 0;
     stream_memory table_;
+    page_locked digests_;
     std::vector<memory_of> slots_;
     std::string why_;
 

@@ -73,6 +73,7 @@ public:
         return issued.finish(failed);
     }
 
+    using stream_staging::digest;
     /// See digesting_staging: one kernel, a chunk a block of threads.
     std::error_code digest(buffer_type const& buffer, std::size_t size_bytes, std::span<std::uint64_t> out) noexcept {
         cuda::relaxed_capture relaxed;
@@ -128,6 +129,6 @@ private:
     std::shared_ptr<own> own_;
 };
 
-static_assert(varve::staging<staging> && digesting_staging<staging> && snapshotting_staging<staging> && reaching_staging<staging>);
+static_assert(varve::staging<staging> && digesting_staging<staging> && snapshot_digesting_staging<staging> && reaching_staging<staging>);
 
 }  // namespace varve::gds

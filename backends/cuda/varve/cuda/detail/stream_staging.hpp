@@ -131,6 +131,18 @@ public:
         return of->events->mark(stream, failed);
     }
 
+    /// Whether the kernel was compiled in.
+    bool digests_snapshots() const noexcept { return has_kernels(); }
+    /// See snapshot_digesting_staging: one kernel behind the copies, a chunk a block of threads.
+    std::error_code digest(snapshot_type const& from, std::span<std::uint64_t> out) noexcept {
+        relaxed_capture relaxed;
+        auto const device = shared_->room->device();
+        device_scope on(device);
+        std::error_code failed;
+        auto* of = shared_->on(device, failed);
+        return of ? shared_->room->digest(from, out, of->copies.get()) : failed;
+    }
+
     /// GPU memory that the snapshots take.
     std::uint64_t snapshot_bytes() const noexcept { return shared_->room ? shared_->room->bytes() : 0; }
 
@@ -159,7 +171,7 @@ protected:
         if (shared_->room)
             text += "; " + std::to_string(shared_->room->count()) + (shared_->room->count() == 1 ? " snapshot" : " snapshots") + " in " +
                     std::to_string(snapshot_bytes() / 1'000'000) + " MB of GPU " + std::to_string(shared_->room->device()) +
-                    (has_kernels() ? "" : ", one copy a tensor (built without nvcc)");
+                    (has_kernels() ? ", hashed there" : ", one copy a tensor (built without nvcc)");
         if (shared_->snapshots != 0 && !shared_->why_no_snapshot.empty())
             text += (shared_->room ? "; no more: " : "; no snapshot: ") + shared_->why_no_snapshot;
         return text;

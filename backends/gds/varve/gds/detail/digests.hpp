@@ -13,22 +13,20 @@
 #include <utility>
 #include <vector>
 
+#include "varve/cuda/detail/digest.hpp"
 #include "varve/cuda/device.hpp"
 #include "varve/cuda/event.hpp"
 #include "varve/cuda/memory.hpp"
-#include "varve/gds/detail/digest.hpp"
-#include "varve/image.hpp"
+#include "varve/detail/digest.hpp"
 
 namespace varve::gds::detail {
-
-static_assert(chunk_bytes == digest_chunk_bytes);
 
 /// Hashes buffers in GPU memory, for several threads side by side, each in a stream of its own. Thread-safe.
 class digests {
 public:
     /// For the calling thread's device, and buffers of up to `buffer_bytes`. Throws error.
     digests(std::size_t buffer_bytes, std::shared_ptr<cuda::event_pool> events)
-        : most_chunks_((buffer_bytes + chunk_bytes - 1) / chunk_bytes), events_(std::move(events)) {
+        : most_chunks_(varve::detail::chunk_count(buffer_bytes)), events_(std::move(events)) {
         give_back(std::make_unique<lane>(most_chunks_));
     }
 
@@ -38,9 +36,9 @@ public:
         try {
             auto mine = take();
             auto* found = reinterpret_cast<std::uint64_t*>(mine->found.data());
-            auto failed = cuda::code_of(chunk_digests(data, size_bytes, found, mine->stream.get()));
+            auto failed = cuda::code_of(cuda::detail::chunk_digests(data, size_bytes, found, mine->stream.get()));
             failed = events_->mark(mine->stream.get(), failed).wait();
-            if (!failed) std::memcpy(out.data(), found, (size_bytes + chunk_bytes - 1) / chunk_bytes * sizeof(std::uint64_t));
+            if (!failed) std::memcpy(out.data(), found, varve::detail::chunk_count(size_bytes) * sizeof(std::uint64_t));
             give_back(std::move(mine));
             return failed;
         } catch (error const& e) {

@@ -7,7 +7,7 @@
 
 // The part that nvcc compiles. This header is plain C++ and is read by nvcc too, in C++17.
 
-namespace varve::gds::detail {
+namespace varve::cuda::detail {
 
 inline constexpr std::size_t chunk_bytes = 64u << 10;
 
@@ -15,4 +15,4 @@ inline constexpr std::size_t chunk_bytes = 64u << 10;
 /// GPU or page-locked host memory; they are there when the work in `stream` is done. The last chunk may be shorter.
 cudaError_t chunk_digests(std::byte const* data, std::size_t size_bytes, std::uint64_t* out, cudaStream_t stream) noexcept;
 
-}  // namespace varve::gds::detail
+}  // namespace varve::cuda::detail

@@ -7,7 +7,7 @@
 // C++ compiler. The kernel and hash() below are put together from the same parts.
 // Source: xxHash 0.8, xxhash.h, "XXH3"; doc/xxhash_spec.md.
 
-namespace varve::gds::xxh3 {
+namespace varve::cuda::xxh3 {
 
 inline constexpr std::size_t stripe_bytes = 64;
 inline constexpr std::size_t lanes = 8;  ///< words of a stripe, each with an accumulator of its own
@@ -173,4 +173,4 @@ constexpr std::uint64_t hash(unsigned char const* in, std::size_t n, unsigned ch
     return merge(accumulators, n, secret);
 }
 
-}  // namespace varve::gds::xxh3
+}  // namespace varve::cuda::xxh3

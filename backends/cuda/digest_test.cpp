@@ -5,8 +5,8 @@
 #include <vector>
 
 #include "device_model.hpp"
+#include "varve/cuda/detail/digest.hpp"
 #include "varve/detail/digest.hpp"
-#include "varve/gds/detail/digest.hpp"
 
 namespace {
 
@@ -24,7 +24,7 @@ std::vector<std::uint64_t> on_gpu(std::byte const* data, std::size_t size, varve
     auto const count = varve::detail::chunk_count(size);
     auto* out = reinterpret_cast<std::uint64_t*>(found.data());
     out[count] = 42;
-    expect(varve::gds::detail::chunk_digests(data, size, out, stream));
+    expect(varve::cuda::detail::chunk_digests(data, size, out, stream));
     expect(::cudaStreamSynchronize(stream));
     BOOST_TEST(out[count] == 42u);
     return {out, out + count};
@@ -37,7 +37,7 @@ std::vector<std::uint64_t> on_cpu(std::vector<std::byte> const& bytes, std::size
 
 }  // namespace
 
-BOOST_AUTO_TEST_SUITE(gds_digest)
+BOOST_AUTO_TEST_SUITE(cuda_digest)
 
 BOOST_AUTO_TEST_CASE(the_kernels_digests_are_the_librarys) {
     if (!have_gpu()) return;
@@ -75,7 +75,7 @@ BOOST_AUTO_TEST_CASE(a_whole_block_is_hashed_at_once) {
     constexpr int rounds = 20;
     expect(::cudaEventRecord(begin, own.stream));
     for (int i = 0; i < rounds; ++i)
-        expect(varve::gds::detail::chunk_digests(memory.data(), bytes.size(), reinterpret_cast<std::uint64_t*>(out.data()), own.stream));
+        expect(varve::cuda::detail::chunk_digests(memory.data(), bytes.size(), reinterpret_cast<std::uint64_t*>(out.data()), own.stream));
     expect(::cudaEventRecord(end, own.stream));
     expect(::cudaEventSynchronize(end));
     float ms = 0;
@@ -89,7 +89,7 @@ BOOST_AUTO_TEST_CASE(an_address_that_is_not_aligned_is_refused) {
     if (!have_gpu()) return;
     varve::cuda::device_bytes memory(4096);
     varve::cuda::page_locked out(8);
-    BOOST_TEST(varve::gds::detail::chunk_digests(memory.data() + 8, 64, reinterpret_cast<std::uint64_t*>(out.data()), nullptr) ==
+    BOOST_TEST(varve::cuda::detail::chunk_digests(memory.data() + 8, 64, reinterpret_cast<std::uint64_t*>(out.data()), nullptr) ==
                cudaErrorMisalignedAddress);
     BOOST_TEST(::cudaPeekAtLastError() == cudaSuccess);
 }

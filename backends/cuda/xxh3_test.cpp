@@ -4,8 +4,8 @@
 #include <vector>
 
 #include "support.hpp"
+#include "varve/cuda/detail/xxh3.hpp"
 #include "varve/detail/digest.hpp"
-#include "varve/gds/detail/xxh3.hpp"
 
 namespace {
 
@@ -17,13 +17,13 @@ std::vector<unsigned char> bytes_of(std::size_t size) {
 }
 
 bool agrees(std::vector<unsigned char> const& bytes, std::size_t at, std::size_t n) {
-    constexpr varve::gds::xxh3::default_secret secret;
-    return varve::gds::xxh3::hash(bytes.data() + at, n, secret.bytes) == varve::detail::digest(std::as_bytes(std::span(bytes)).subspan(at, n));
+    constexpr varve::cuda::xxh3::default_secret secret;
+    return varve::cuda::xxh3::hash(bytes.data() + at, n, secret.bytes) == varve::detail::digest(std::as_bytes(std::span(bytes)).subspan(at, n));
 }
 
 }  // namespace
 
-BOOST_AUTO_TEST_SUITE(gds_xxh3)
+BOOST_AUTO_TEST_SUITE(cuda_xxh3)
 
 BOOST_AUTO_TEST_CASE(every_length_of_up_to_two_blocks_gives_the_librarys_digest) {
     auto bytes = bytes_of(4096);

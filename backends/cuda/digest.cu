@@ -1,7 +1,7 @@
-#include "varve/gds/detail/digest.hpp"
-#include "varve/gds/detail/xxh3.hpp"
+#include "varve/cuda/detail/digest.hpp"
+#include "varve/cuda/detail/xxh3.hpp"
 
-namespace varve::gds::detail {
+namespace varve::cuda::detail {
 
 namespace {
 
@@ -85,4 +85,4 @@ cudaError_t chunk_digests(std::byte const* data, std::size_t size_bytes, std::ui
     return cudaGetLastError();
 }
 
-}  // namespace varve::gds::detail
+}  // namespace varve::cuda::detail
