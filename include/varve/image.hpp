@@ -28,7 +28,7 @@ struct image {
     std::uint64_t data_bytes() const noexcept { return size_bytes - header_bytes; }
 };
 
-/// The data is hashed in chunks of this size, counted from its start. Source: FORMAT, "Digests".
+/// The data is hashed in chunks of this size, counted from its start. Source: varve/format/README.md, "Digests".
 inline constexpr std::size_t digest_chunk_bytes = 64u << 10;
 /// Blocks begin and end at multiples of this in the image.
 inline constexpr std::size_t block_unit_bytes = 4u << 20;

@@ -62,7 +62,7 @@ struct restored_checkpoint {
 /// A folder of checkpoints: naming, slots, commit, retention, recovery. One writer at a time; thread-safe.
 ///
 /// What was committed survives a crash at any point: a checkpoint is renamed only when its bytes are durable, and let go
-/// only when a newer one is. Source: FORMAT, "A store".
+/// only when a newer one is. Source: varve/format/README.md, "A store".
 class store {
 public:
     /// Opens the store at `path`, made if it is not there. `slot_bytes` is the size of every checkpoint, 0 where the

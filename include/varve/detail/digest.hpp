@@ -20,7 +20,7 @@ extern "C" [[gnu::weak]] XXH64_hash_t XXH3_64bits_dispatch(void const* data, std
 
 namespace varve::detail {
 
-/// The digest in the file is one of this many bytes of data, made of its chunks' digests. Source: FORMAT, "Digests".
+/// The digest in the file is one of this many bytes of data, made of its chunks' digests. Source: varve/format/README.md, "Digests".
 inline constexpr std::size_t granule_bytes = 4u << 20;
 inline constexpr std::size_t chunks_per_granule = granule_bytes / digest_chunk_bytes;
 inline constexpr std::size_t digest_digits = 16;

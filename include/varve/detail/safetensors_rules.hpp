@@ -10,7 +10,7 @@ namespace varve::detail {
 inline constexpr std::uint64_t max_header_length = 100'000'000;
 inline constexpr std::size_t header_prefix_bytes = 8;
 
-/// The keys that belong to varve. Source: FORMAT, "safetensors".
+/// The keys that belong to varve. Source: varve/format/README.md, "safetensors".
 inline constexpr std::string_view reserved_prefix = "varve.";
 inline constexpr std::string_view version_key = "varve.version";
 inline constexpr std::string_view step_key = "varve.step";

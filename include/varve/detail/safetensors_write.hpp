@@ -165,7 +165,7 @@ inline image lay_out_safetensors(state const& s, std::uint64_t metadata_bytes) {
     constexpr auto largest = std::numeric_limits<std::uint64_t>::max();
     std::string const digests(granule_count(data_bytes) * digest_digits, '0');
     auto room = header_prefix_bytes + compose_header(s, out.tensors, 0, {largest, largest, {}}, digests).json.size() + metadata_bytes;
-    // FORMAT asks for a multiple of 4,096. A multiple of the digests' chunk costs at most 60 KiB more and makes every
+    // The format asks for a multiple of 4,096. A multiple of the digests' chunk costs at most 60 KiB more and makes every
     // block, which begins at a multiple of 4 MiB of the file, begin where a chunk begins: no chunk lies in two blocks.
     out.header_bytes = (room + digest_chunk_bytes - 1) / digest_chunk_bytes * digest_chunk_bytes;
     if (out.header_bytes - header_prefix_bytes > max_header_length || digests.size() > max_header_string_bytes)

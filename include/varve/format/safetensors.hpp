@@ -18,7 +18,7 @@
 namespace varve {
 
 /// Checkpoints as safetensors files, with digests over every byte in the metadata; `safetensors.torch.load_file` opens
-/// each as it is. Source: FORMAT, "safetensors". Thread-safe: it holds no state but its limit.
+/// each as it is. Source: varve/format/README.md, "safetensors". Thread-safe: it holds no state but its limit.
 ///
 ///     varve::safetensors format;
 ///     varve::image img = format.lay_out(state);

@@ -11,7 +11,7 @@ namespace varve::libtorch {
 
 /// Checkpoints as the archives that Python's torch.save writes: `{"model": state_dict, "optimizer": {"state", "param_groups"},
 /// "rng": {"cpu", "cuda.0", ...}, "step", "user"}`. torch.load(weights_only=True) opens them, and the model and optimizer of a Python trainer
-/// take `model` and `optimizer` by load_state_dict. Source: FORMAT, "Torch archive".
+/// take `model` and `optimizer` by load_state_dict. Source: varve/format/README.md, "Torch archive".
 ///
 /// Beside those stand the records `varve/step`, `varve/sequence`, `varve/metadata`, `varve/tensors` (where each of the state's
 /// tensors is) and `varve/digest`. The training state outlives it.
