@@ -1,6 +1,7 @@
 #pragma once
 
 #include <algorithm>
+#include <concepts>
 #include <cstddef>
 #include <cstdint>
 #include <mutex>
@@ -89,6 +90,14 @@ private:
         if (job.by_snapshot) return job.taken[part.layer].has_value();
         return job.points[part.layer].has_value() && (line_.copies == copy_moment::at_layer_ready || job.sealed);
     }
+    /// What was put aside at once lies side by side, and is copied at once.
+    static bool go_together(job_type const& job, std::size_t layer, std::size_t other) {
+        if (layer == other) return true;
+        if constexpr (std::equality_comparable<typename Staging::token_type>)
+            return job.by_snapshot && job.taken[other] == job.taken[layer];
+        else
+            return false;
+    }
     bool has_room(job_type const& job) const { return job.open_blocks < blocks_per_save_; }
     /// A save that may have to give way is not copied from its snapshot before its turn: the next one takes the snapshot over at
     /// once, and what never gets to the sink does not use up the way there.
@@ -125,7 +134,7 @@ private:
             auto layer = parts[job->next_part].layer;
             ranges_.clear();
             std::size_t end = job->next_part;
-            for (; end < parts.size() && parts[end].layer == layer; ++end) ranges_.push_back(parts[end].range);
+            for (; end < parts.size() && go_together(*job, layer, parts[end].layer); ++end) ranges_.push_back(parts[end].range);
             lock.unlock();
             auto token = copy_layer(*job, block, layer);
             bool layer_done = plan.first_part + end == line_.map.last_part_of(layer) + 1;

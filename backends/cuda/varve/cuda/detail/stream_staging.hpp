@@ -3,6 +3,7 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <map>
@@ -124,11 +125,13 @@ public:
         auto* of = shared_->on(device, failed);
         if (!of) return {nullptr, failed};
         auto const stream = of->copies.get();
+        auto& before_last = of->under_way[of->next_under_way++ % of->under_way.size()];
+        before_last.wait();  // its error is that of the save that it belonged to
         failed = taken.order(stream);
         if (!failed)
             failed = code_of(::cudaMemcpyAsync(into.data() + buffer_offset_bytes, shared_->room->memory(from) + offset_bytes, size_bytes,
                                                cudaMemcpyDefault, stream));
-        return of->events->mark(stream, failed);
+        return before_last = of->events->mark(stream, failed);
     }
 
     /// Whether the kernel was compiled in.
@@ -182,6 +185,10 @@ private:
         side_stream copies{true};
         std::shared_ptr<event_pool> events = std::make_shared<event_pool>();
         wait_meter waits;
+        /// The last copies from a snapshot; there are no more of them in the stream at once. Others copy from this GPU too, a
+        /// training its loss, and its copy engine takes what is queued in order. The copying thread's.
+        std::array<event, 2> under_way;
+        std::size_t next_under_way = 0;
     };
 
     struct shared {
