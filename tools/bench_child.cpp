@@ -258,6 +258,19 @@ private:
         }
     }
 
+    /// The median of three, after one that does not count: where a page is read for the second time, the kernel moves it to those in
+    /// use, which takes as long as the copy. What others load is timed in the same way (bench/twin.py).
+    static double warm_restore_sec(running_method& method, std::uint64_t step, restore_options const& options) {
+        method.restore(step, options);
+        std::vector<double> times;
+        for (int i = 0; i < 3; ++i) {
+            auto const start = clock::now();
+            method.restore(step, options);
+            times.push_back(seconds(clock::now() - start));
+        }
+        return median(std::move(times));
+    }
+
     json restore(std::vector<std::pair<std::string, std::string>> const& final_bits, std::filesystem::path const& newest) {
         auto trainer = make_trainer(settings_);
         auto method = start(*trainer, false);
@@ -272,9 +285,7 @@ private:
         std::error_code ignored;
         auto const bytes = static_cast<double>(std::filesystem::file_size(restored->path, ignored));
         fill_page_cache(newest);
-        auto const warm_start = clock::now();
-        method->restore(restored->step, options);
-        auto const warm_sec = seconds(clock::now() - warm_start);
+        auto const warm_sec = warm_restore_sec(*method, restored->step, options);
 
         trainer->expect_same_run(restored->step);
         for (auto step = restored->step + 1; step <= settings_.training.num_steps; ++step) {
