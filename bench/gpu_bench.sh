@@ -100,7 +100,7 @@ run_bench() {
     large)
         mapfile -t more < <(runnable "$staging+async+io_uring" ${EXTRA_METHODS:-})
         varve_bench large 500 "${large[@]}" --num-steps "$steps" --checkpoint-freq 10 --repeat "$repeats" \
-            --methods traditional traditional-durable original layerwise "${more[@]}" || status=1
+            --methods ${METHODS:-traditional traditional-durable original layerwise} "${more[@]}" || status=1
         ;;
     large50)
         varve_bench large50 400 "${large[@]}" --num-steps "$steps" --checkpoint-freq 50 --repeat "$repeats" --methods traditional layerwise || status=1
@@ -108,7 +108,7 @@ run_bench() {
     standard)
         mapfile -t more < <(runnable "$staging+async+io_uring" ${EXTRA_METHODS:-})
         varve_bench standard 400 "${standard[@]}" --num-steps "$steps" --checkpoint-freq 10 --repeat "$repeats" \
-            --methods traditional traditional-durable original layerwise "${more[@]}" || status=1
+            --methods ${METHODS:-traditional traditional-durable original layerwise} "${more[@]}" || status=1
         ;;
     every-step)
         mapfile -t more < <(runnable ${EXTRA_METHODS:-})
@@ -184,7 +184,7 @@ peers() {
     for size in ${PEERS:-large10 standard10 large50}; do
         local -n options=${size%[0-9][0-9]}
         twin "peers-${size%[0-9][0-9]}-${size: -2}" 500 "${options[@]}" --num-steps "$steps" --checkpoint-freq "${size: -2}" --repeat "$repeats" \
-            --methods none torch.save torch.save-durable safetensors dcp-async || status=1
+            --methods ${PEER_METHODS:-none torch.save torch.save-durable safetensors dcp-async} || status=1
     done
     return "$status"
 }

@@ -53,6 +53,8 @@ void version(std::ostream& out) {
     add(VARVE_TOOL_WITH_POSIX, "posix");
     add(VARVE_TOOL_WITH_URING, "io_uring");
     add(VARVE_TOOL_WITH_ASIO, "asio");
+    add(VARVE_TOOL_WITH_CUDA_RUNTIME, "cuda");
+    add(VARVE_TOOL_WITH_GDS, "gds");
     add(VARVE_TOOL_WITH_TORCH, "torch");
     auto or_none = [](std::string text) { return text.empty() ? std::string("none") : text; };
     out << "varve " VARVE_VERSION "\ncommit: " << commit << "\nbackends: " << or_none(backends)
