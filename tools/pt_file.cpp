@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <set>
 #include <span>
 #include <string_view>
 
@@ -24,7 +25,9 @@ public:
     explicit archive_checkpoint(file_descriptor fd) : fd_(std::move(fd)) {
         archives::zip_directory const directory(fd_.get());
         file_bytes_ = directory.file_bytes();
+        std::set<std::string> names;
         for (auto& t : archives::read_index(fd_.get(), directory)) {
+            if (!names.insert(t.name).second) detail::refuse_file("two tensors have the name " + detail::printable(t.name));
             tensors_.push_back({std::move(t.name), t.type, std::move(t.shape), t.size_bytes, t.offset_bytes, tensors_.size()});
             values_.push_back(std::move(t.value));
         }
@@ -92,25 +95,9 @@ archives::python_layout layout_of(state const& s, std::vector<std::string> const
         if (alias.starts_with(detail::model_prefix)) out.model.emplace_back(alias.substr(detail::model_prefix.size()), stored);
     if (!adam && !sgd) return out;
     if (out.parameters.empty()) cannot_rebuild("the optimizer keeps nothing for its parameters, so the file does not say which they are");
-    using enum archives::python_option::source;
     archives::python_group group;
     // Python's AdamW sets decoupled_weight_decay itself when it loads.
-    if (adam)
-        group.options = {{"lr", number},
-                         {"betas", pair},
-                         {"eps", number},
-                         {"weight_decay", number},
-                         {"amsgrad", boolean},
-                         {"maximize", always_false},
-                         {"foreach", none},
-                         {"capturable", always_false},
-                         {"differentiable", always_false},
-                         {"fused", none},
-                         {"decoupled_weight_decay", always_false}};
-    else
-        group.options = {{"lr", number},        {"momentum", number},       {"dampening", number}, {"weight_decay", number},
-                         {"nesterov", boolean}, {"maximize", always_false}, {"foreach", none},     {"differentiable", always_false},
-                         {"fused", none}};
+    group.options = adam ? archives::python_adam_options(false) : archives::python_sgd_options();
     for (std::size_t i = 0; i < out.parameters.size(); ++i) group.parameters.push_back(i);
     out.groups.push_back(std::move(group));
     return out;

@@ -87,9 +87,11 @@ private:
         if (auto const* t = find(name)) return *t;
         throw error(invalid(), "the state has no tensor " + name + ": it is not the training state's that the archive was made for");
     }
+    /// Of a tensor that is to be one number; a state that was read from a file may have anything by that name.
     template <class T>
     static T value(tensor const& t) {
         T v;
+        if (t.size_bytes() != sizeof v) throw error(invalid(), varve::detail::printable(t.name) + " is not one number");
         std::memcpy(&v, t.data, sizeof v);
         return v;
     }

@@ -119,20 +119,7 @@ public:
         };
     }
 
-    std::vector<python_option> python_options() const override {
-        using enum python_option::source;
-        return {{"lr", number},
-                {"betas", pair},
-                {"eps", number},
-                {"weight_decay", number},
-                {"amsgrad", boolean},
-                {"maximize", always_false},
-                {"foreach", none},
-                {"capturable", always_false},
-                {"differentiable", always_false},
-                {"fused", none},
-                {"decoupled_weight_decay", decoupled_ ? always_true : always_false}};
-    }
+    std::vector<python_option> python_options() const override { return python_adam_options(decoupled_); }
 
     parameter_state adopt(::at::Tensor const& parameter, std::size_t group) override {
         auto& entry = optimizer_.state()[state_key(parameter)];
@@ -211,12 +198,7 @@ public:
         };
     }
 
-    std::vector<python_option> python_options() const override {
-        using enum python_option::source;
-        return {{"lr", number},        {"momentum", number},       {"dampening", number}, {"weight_decay", number},
-                {"nesterov", boolean}, {"maximize", always_false}, {"foreach", none},     {"differentiable", always_false},
-                {"fused", none}};
-    }
+    std::vector<python_option> python_options() const override { return python_sgd_options(); }
 
     parameter_state adopt(::at::Tensor const& parameter, std::size_t group) override {
         auto it = optimizer_.state().find(state_key(parameter));

@@ -84,7 +84,6 @@ inline std::vector<indexed_tensor> read_index(int fd, zip_directory const& direc
     auto refuse = [] { refuse_file("its record varve/tensors is not a list of tensors"); };
     if (!json.is_array()) refuse();
     std::vector<indexed_tensor> out;
-    out.reserve(json.size());
     std::unordered_set<zip_record const*> taken;
     auto zeros_left = directory.file_bytes();
     for (auto const& e : json) {

@@ -69,9 +69,9 @@ public:
         end_tuple();
         begin_tuple();
         for (std::size_t i = 0; i < shape.size(); ++i) {
-            std::int64_t stride = 1;
-            for (auto d : shape.subspan(i + 1)) stride *= d == 0 ? 1 : d;
-            integer(stride);
+            std::uint64_t stride = 1;  // of a tensor without an element it may overflow, and means nothing
+            for (auto d : shape.subspan(i + 1)) stride *= d == 0 ? 1 : static_cast<std::uint64_t>(d);
+            integer(static_cast<std::int64_t>(stride));
         }
         end_tuple();
         boolean(false);

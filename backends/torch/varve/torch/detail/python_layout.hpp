@@ -21,6 +21,30 @@ struct python_option {
     source from;
 };
 
+/// Those of torch.optim.Adam, and of AdamW where the weight decay is decoupled.
+inline std::vector<python_option> python_adam_options(bool decoupled) {
+    using enum python_option::source;
+    return {{"lr", number},
+            {"betas", pair},
+            {"eps", number},
+            {"weight_decay", number},
+            {"amsgrad", boolean},
+            {"maximize", always_false},
+            {"foreach", none},
+            {"capturable", always_false},
+            {"differentiable", always_false},
+            {"fused", none},
+            {"decoupled_weight_decay", decoupled ? always_true : always_false}};
+}
+
+/// Those of torch.optim.SGD.
+inline std::vector<python_option> python_sgd_options() {
+    using enum python_option::source;
+    return {{"lr", number},        {"momentum", number},       {"dampening", number}, {"weight_decay", number},
+            {"nesterov", boolean}, {"maximize", always_false}, {"foreach", none},     {"differentiable", always_false},
+            {"fused", none}};
+}
+
 struct python_group {
     std::vector<python_option> options;
     std::vector<std::size_t> parameters;  ///< indices in python_layout::parameters

@@ -3,9 +3,9 @@
 #include <sys/stat.h>
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <string>
 #include <string_view>
-#include <unordered_map>
 #include <vector>
 
 #include "varve/detail/header_source.hpp"
@@ -142,7 +142,7 @@ private:
     std::uint64_t file_bytes_ = 0;
     std::uint64_t count_ = 0, size_bytes_ = 0, offset_ = 0;
     std::vector<zip_record> records_;
-    std::unordered_map<std::string_view, zip_record const*> by_name_;
+    std::map<std::string_view, zip_record const*> by_name_;  ///< names of the file's choice: no hash table, which they could make slow
 };
 
 }  // namespace varve::libtorch::detail
