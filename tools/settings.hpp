@@ -44,7 +44,7 @@ struct run_settings {
     std::string when_busy = "block";
     std::string update;  ///< empty: plain on a CPU, fused on a GPU
     std::string gpu_snapshot = "auto";
-    std::uint64_t pool_size_mb = 0;  ///< 0: one image
+    std::uint64_t pool_size_mb = 0;  ///< 0: default_pool_bytes
     std::uint64_t keep = 2;
     std::uint64_t keep_every = 0;  ///< 0: off
     std::string prepare = "write";
@@ -106,7 +106,7 @@ struct given_settings {
 given_settings read_settings(settings_command command, std::vector<std::string> const& args);
 
 /// default < scenario < file < flag, each value checked for its range; throws usage_error. `scenario` may be empty or
-/// one of small, medium, large, frequency.
+/// one of small, medium, large, frequency, monitor.
 settings resolve(given_settings const& given, std::string const& scenario);
 
 /// Checks what depends on more than one value, and what this build or machine cannot do; throws usage_error.
