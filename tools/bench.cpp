@@ -52,6 +52,7 @@ public:
         for (std::uint64_t repeat = 0; repeat < settings_.run.repeat; ++repeat) {
             for (auto& m : methods_) {
                 settle_disk(checkpoints);
+                if (stop_signals::requested()) throw interrupted("stopped before " + m.name + "; no result was written");
                 run_method(m, repeat);
                 // Between the runs, so that it sees the disk in the state in which they see it.
                 if (m.name == "none") measure_disk(checkpoints);
@@ -101,7 +102,11 @@ private:
         if (child.exit_code != 0 || run.is_discarded()) {
             if (child.signal == 9) throw std::runtime_error(label + " was killed: out of memory, as a rule; take a smaller model or --pool-size-mb");
             if (child.signal != 0) throw std::runtime_error(label + " ended with signal " + std::to_string(child.signal));
-            if (run.is_object() && run.contains("_error")) throw std::runtime_error(label + ": " + run["_error"].get<std::string>());
+            if (run.is_object() && run.contains("_error")) {
+                auto const why = label + ": " + run["_error"].get<std::string>();
+                if (child.exit_code == 2) throw usage_error(why);
+                throw std::runtime_error(why);
+            }
             throw std::runtime_error(label + " failed with exit code " + std::to_string(child.exit_code));
         }
         summarise(label, run);

@@ -24,6 +24,9 @@
 #include "step_loop.hpp"
 #include "trainer.hpp"
 #if VARVE_TOOL_WITH_CUDA_RUNTIME
+#include <cuda_runtime_api.h>
+
+#include "varve/cuda/error.hpp"
 #include "varve/cuda/nvtx_observer.hpp"
 #endif
 
@@ -93,6 +96,7 @@ public:
         auto const final_bits = fingerprint(trainer->tensors());
         auto const facts = facts_of_trainer();
         out["_torch"] = {{"torch_version", facts.torch_version}, {"torch_threads", facts.threads}};
+        if (auto const gpu = name_of_gpu(); !gpu.empty()) out["_torch"]["gpu"] = gpu;
         if (method) {
             describe(*method, out);
             auto const newest = method->newest_path();
@@ -118,6 +122,18 @@ private:
         m.wait_for_preparation = prepare;
         if (monitor_) m.monitor = monitor_->use();
         return entry_->start(t.training(), m);
+    }
+
+    /// Of the one that trains; empty on a CPU.
+    std::string name_of_gpu() const {
+#if VARVE_TOOL_WITH_CUDA_RUNTIME
+        int device = 0;
+        cudaDeviceProp about{};
+        if (chosen_device(settings_) == "cuda" && !cuda::code_of(::cudaGetDevice(&device)) &&
+            !cuda::code_of(::cudaGetDeviceProperties(&about, device)))
+            return about.name;
+#endif
+        return {};
     }
 
     /// Batches of their own, from far beyond the run, so that step 1 is the first to see its data.

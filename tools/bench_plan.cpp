@@ -27,13 +27,23 @@ void check_memory(settings const& s) {
                           " can be used; take a smaller --d-model, --num-layers, --vocab-size or --batch-size");
 }
 
-/// N in flight and K kept are N + K files, and one more while a kept one is replaced.
-std::uint64_t files_of_a_store(settings const& s) { return s.pccheck.max_async + s.run.keep; }
-
 bool runnable(std::string_view name) {
     auto const& all = methods();
     return std::any_of(all.begin(), all.end(), [&](auto const& m) { return m.name == name && m.missing.empty(); });
 }
+
+/// What is not built is said, not run; what was asked for by its name stays, to be refused.
+void leave_out_missing(settings& s, std::vector<std::string>& notes) {
+    std::erase_if(s.run.methods, [&](auto const& name) {
+        if (name == "none" || runnable(name)) return false;
+        if (auto note = "method " + name + " is left out: see varve bench --list"; std::count(notes.begin(), notes.end(), note) == 0)
+            notes.push_back(std::move(note));
+        return true;
+    });
+}
+
+/// N in flight and K kept are N + K files, and one more while a kept one is replaced.
+std::uint64_t files_of_a_store(settings const& s) { return s.pccheck.max_async + s.run.keep; }
 
 std::vector<planned_comparison> frequencies(given_settings const& given, std::vector<std::string>& notes, bool alone) {
     if (alone && given.has("checkpoint-freq"))
@@ -83,6 +93,8 @@ std::vector<planned_comparison> plan_bench(given_settings const& given, std::str
             plan.push_back({resolve(given, "monitor"), "monitor", "_monitor"});
         else
             notes.push_back("scenario monitor is left out: the monitor is not built");
+        if (!given.has("methods"))
+            for (auto& p : plan) leave_out_missing(p.chosen, notes);
     } else if (scenario == "frequency") {
         plan = frequencies(given, notes, true);
     } else {

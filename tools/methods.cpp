@@ -21,8 +21,8 @@
 namespace varve::tool {
 namespace {
 
-/// Why the part cannot run in this build or here; empty if it can.
-std::string missing_part(std::string const& part) {
+/// Why the part cannot run in this build or here; empty if it can. `falls_back`: posix takes over where the kernel refuses rings.
+std::string missing_part(std::string const& part, [[maybe_unused]] bool falls_back = false) {
     if (part == "pinned" && !VARVE_TOOL_WITH_CUDA) return "pinned staging needs a GPU backend, which this varve does not have";
 #if VARVE_TOOL_WITH_CUDA
     if (int gpus = 0; part == "pinned" && (cuda::code_of(::cudaGetDeviceCount(&gpus)) || gpus == 0))
@@ -43,8 +43,11 @@ std::string missing_part(std::string const& part) {
 #endif
     if (part == "posix" && !VARVE_TOOL_WITH_POSIX) return "built without the posix backend";
     if (part == "io_uring" && !VARVE_TOOL_WITH_URING) return "built without io_uring; install liburing and build again";
-#if VARVE_TOOL_WITH_URING && !VARVE_TOOL_WITH_POSIX
-    if (part == "io_uring" && uring::sink::available()) return "the kernel refuses io_uring here";
+#if VARVE_TOOL_WITH_URING
+    if (part == "io_uring" && !(falls_back && VARVE_TOOL_WITH_POSIX)) {
+        static auto const refused = uring::sink::available();  // asked once: it sets up a ring
+        if (refused) return "the kernel refuses io_uring here: " + refused.message() + "; take posix";
+    }
 #endif
     return {};
 }
@@ -58,7 +61,8 @@ method_entry combination(std::string const& staging, std::string const& scheduli
     if (e.missing.empty() && staging == "gds" && sink != "cufile" && sink != "null")
         e.missing =
             "the sink " + sink + " does not take GPU memory; take gds+" + scheduling + "+cufile, which writes files, or gds+" + scheduling + "+null";
-    if (e.missing.empty()) e.missing = missing_part(sink);
+    // What is asked for by its parts runs as that, or not at all.
+    if (e.missing.empty()) e.missing = missing_part(sink, suits);
     e.writes_files = sink != "null" && sink != "memory";
     e.takes_monitor = e.writes_files && staging != "gds" && VARVE_TOOL_WITH_ASIO;
 #if VARVE_TOOL_WITH_TORCH

@@ -86,7 +86,8 @@ public:
             auto const name = std::filesystem::weakly_canonical(store_).string();
             auto const folder = socket_folder(made_folder_);
             where_.path = folder / (detail::hex(detail::digest(std::as_bytes(std::span(name)))) + ".sock");
-            if (!s.run.peer.empty()) more_words_ = {"--peer", s.run.peer};
+            more_words_ = {"--num-threads", std::to_string(s.pccheck.num_threads)};
+            if (!s.run.peer.empty()) more_words_.insert(more_words_.end(), {"--peer", s.run.peer});
             for (auto const& [option, value] : {std::pair("--cert", s.run.cert), std::pair("--key", s.run.key), std::pair("--ca", s.run.ca)})
                 if (!value.empty()) more_words_.insert(more_words_.end(), {option, value});
         }

@@ -58,19 +58,16 @@ public:
             throw error(std::make_error_code(std::errc::not_a_directory), dir.string() + ": no such folder; name one that exists");
         fd_ = file_descriptor(::open(dir.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, 0600), system_calls::kernel());
         if (fd_) {
-            folder_ = file_descriptor(::open("/proc/self/fd", O_RDONLY | O_DIRECTORY | O_CLOEXEC), system_calls::kernel());
-            name_ = std::to_string(fd_.get());
+            reach_by_descriptor();
             return;
         }
         folder_ = file_descriptor(::open(dir.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC), system_calls::kernel());
         if (!folder_) throw_if(last_system_error(errno), dir.string() + ": cannot open the folder");
-        name_ = ".varve-probe-" + std::to_string(::getpid());
-        fd_ = file_descriptor(::openat(folder_.get(), name_.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600), system_calls::kernel());
+        auto const name = ".varve-probe-" + std::to_string(::getpid());
+        fd_ = file_descriptor(::openat(folder_.get(), name.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600), system_calls::kernel());
         if (!fd_) throw_if(last_system_error(errno), dir.string() + ": cannot write here; check the folder's permissions");
-        named_ = true;
-    }
-    ~scratch_file() {
-        if (named_) ::unlinkat(folder_.get(), name_.c_str(), 0);
+        ::unlinkat(folder_.get(), name.c_str(), 0);
+        reach_by_descriptor();
     }
     scratch_file(scratch_file const&) = delete;
     scratch_file& operator=(scratch_file const&) = delete;
@@ -80,10 +77,15 @@ public:
     void drop_from_cache() const { ::posix_fadvise(fd_.get(), 0, 0, POSIX_FADV_DONTNEED); }
 
 private:
+    /// The file has no name of its own, so that nothing is left behind whatever ends the process.
+    void reach_by_descriptor() {
+        folder_ = file_descriptor(::open("/proc/self/fd", O_RDONLY | O_DIRECTORY | O_CLOEXEC), system_calls::kernel());
+        name_ = std::to_string(fd_.get());
+    }
+
     std::filesystem::path dir_;
     file_descriptor fd_, folder_;
     std::string name_;
-    bool named_ = false;
 };
 
 /// Random bytes in a few buffers, each in flight once at a time.

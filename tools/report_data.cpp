@@ -93,8 +93,10 @@ std::string sweep_key(result_file const& result) {
     for (auto const* path : {"config.model", "config.training", "config.pccheck"})
         if (auto const* value = find_value(result.document, path)) key[path] = *value;
     if (key.contains("config.training") && key["config.training"].is_object()) key["config.training"].erase("checkpoint_freq");
-    for (auto const* path : {"config.run.scenario", "config.run.device", "config.run.seed", "config.run.update", "config.run.methods",
-                             "config.run.repeat", "config.run.warmup", "machine.hostname", "machine.cpu", "machine.gpu", "version"})
+    if (auto const* run = find_value(result.document, "config.run"); run && run->is_object())
+        for (auto const& [name, value] : run->items())
+            if (name != "checkpoint_dir" && name != "output_dir" && name != "events" && name != "keep_checkpoints") key["config.run." + name] = value;
+    for (auto const* path : {"machine.cpu", "machine.gpu", "version"})
         if (auto const* value = find_value(result.document, path)) key[path] = *value;
     return key.dump(-1, ' ', false, json::error_handler_t::replace);
 }

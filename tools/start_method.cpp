@@ -141,7 +141,7 @@ std::unique_ptr<running_method> start_with_monitor(libtorch::training_state& tra
 #endif
             return pool ? Staging(pool->memory(), block_bytes, pool) : Staging(pool_bytes, block_bytes);
     }();
-    facts.writing_at_once = writing_at_once;
+    facts.writing_at_once = 1;  // by the monitor, however many are on their way to it
     facts.digest_workers = digest_workers(s);
     using strategy_type = strategy<checkpointer<Staging, Scheduling, asio::monitor_sink>>;
     auto out = std::make_unique<strategy_type>(by_layer, std::move(facts), training.state(), std::move(staging), scheduling,

@@ -65,23 +65,25 @@ int verify(std::vector<std::string> const& args, std::ostream& out, std::ostream
     if (!values) return 0;
     std::filesystem::path const path = (*values)["PATH"].as<std::string>();
     bool const structure_only = values->count("structure") > 0;
+    bool const json = values->count("json") > 0;
     bool const is_store = std::filesystem::is_directory(path);
     std::vector<judgement> judged;
     for (auto const& file : is_store ? checkpoint_paths(path) : std::vector{path}) {
         auto j = judge(file, structure_only);
         if (!is_store && j.gone)
             throw error(std::make_error_code(std::errc::no_such_file_or_directory), detail::printable(path.string()) + ": " + j.says);
-        if (!j.gone) judged.push_back(std::move(j));
+        if (j.gone) continue;
+        // Reading a large store takes minutes: each file as soon as it is known.
+        if (!json) out << detail::printable(j.path.string()) << ": " << (j.whole ? "" : "BROKEN: ") << j.says << std::endl;
+        judged.push_back(std::move(j));
     }
     if (judged.empty()) throw error(errc::no_checkpoint, detail::printable(path.string()) + ": holds no checkpoint");
     bool all = true;
     for (auto const& j : judged) all = all && j.whole;
-    if (values->count("json")) {
-        nlohmann::ordered_json json{{"whole", all}, {"files", nlohmann::ordered_json::array()}};
-        for (auto const& j : judged) json["files"].push_back({{"path", j.path.string()}, {"whole", j.whole}, {"says", j.says}});
-        out << json.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) << '\n';
-    } else {
-        for (auto const& j : judged) out << detail::printable(j.path.string()) << ": " << (j.whole ? "" : "BROKEN: ") << j.says << '\n';
+    if (json) {
+        nlohmann::ordered_json answer{{"whole", all}, {"files", nlohmann::ordered_json::array()}};
+        for (auto const& j : judged) answer["files"].push_back({{"path", j.path.string()}, {"whole", j.whole}, {"says", j.says}});
+        out << answer.dump(2, ' ', false, nlohmann::json::error_handler_t::replace) << '\n';
     }
     return all ? 0 : 1;
 }

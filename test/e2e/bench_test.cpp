@@ -188,11 +188,51 @@ BOOST_AUTO_TEST_CASE(combinations_with_asio_restore_bit_for_bit_and_change_no_lo
     }
 }
 
+BOOST_AUTO_TEST_CASE(a_comparison_with_monitors_has_what_was_crash_safe_and_the_same_bits) {
+    if (!runs_here("layerwise-monitor")) return skip("the monitor is not built");
+    temporary_folder folder;
+    auto const r = run_tool(joined({"bench", "--scenario", "monitor", "--output-dir", folder.path().string()},
+                                   tiny_model({"--num-steps", "12", "--checkpoint-freq", "5", "--warmup", "0"})));
+    BOOST_TEST_REQUIRE(r.code == 0, r.err);
+    auto const results = read_json(result_in(folder.path())).at("results");
+    for (std::string const name : {"Layerwise PCCheck (Improved)", "Layerwise PCCheck (Improved), monitor"}) {
+        BOOST_TEST_REQUIRE(results.contains(name), name);
+        auto const& result = results.at(name);
+        BOOST_TEST(result.at("/restore/bit_exact"_json_pointer).get<bool>(), name);
+        BOOST_TEST(result.at("durable") == 2);
+        BOOST_TEST(result.at("cpu_time_sec").get<double>() > 0);
+        BOOST_TEST(result.at("final_loss") == results.at("No Checkpoint").at("final_loss"));
+        if (name.ends_with("monitor")) BOOST_TEST(result.at("crash_safe") == 2);
+    }
+    auto const report = run_tool({"report", "--input-dir", folder.path().string(), "--output-file", folder / "report.md"});
+    BOOST_TEST(report.code == 0, report.err);
+}
+
+BOOST_AUTO_TEST_CASE(saves_that_give_way_are_counted_and_the_others_are_durable) {
+    temporary_folder folder;
+    for (std::string const busy : {"skip", "replace"}) {
+        auto const r = run_tool(joined({"bench", "--output-dir", folder / busy, "--methods", "layerwise", "--when-busy", busy},
+                                       tiny_model({"--num-steps", "30", "--checkpoint-freq", "1", "--warmup", "0"})));
+        BOOST_TEST_REQUIRE(r.code == 0, r.err);
+        auto const result = read_json(result_in(folder / busy)).at("results").at("Layerwise PCCheck (Improved)");
+        auto const of = [&](char const* what) { return result.at(what).get<int>(); };
+        BOOST_TEST(of("durable") + of("skipped") + of("replaced") == 30, busy);
+        BOOST_TEST(of("failed") == 0);
+        BOOST_TEST(of("durable") > 0);
+        BOOST_TEST(result.at("/restore/bit_exact"_json_pointer).get<bool>(), busy);
+    }
+}
+
 BOOST_AUTO_TEST_CASE(probe_measures_every_sink_that_runs_here) {
     temporary_folder folder;
+    auto const entries = [&] { return std::distance(fs::directory_iterator(folder.path()), fs::directory_iterator()); };
     auto const r = run_tool({"probe", "--dir", folder.path().string(), "--size-mb", "9", "--json", folder / "limits.json"});
     BOOST_TEST_REQUIRE(r.code == 0, r.err);
-    auto const sinks = read_json(folder / "limits.json").at("sinks");
+    BOOST_TEST(entries() == 1);  // what was asked for
+    auto const limits = read_json(folder / "limits.json");
+    for (auto const* what : {"/direct/write_gb_per_s", "/direct/read_gb_per_s", "/copies/memory_gb_per_s", "/digest_gb_per_s"})
+        BOOST_TEST(limits.at(json::json_pointer(what)).get<double>() > 0, what);
+    auto const& sinks = limits.at("sinks");
     for (std::string name : {"posix", "io_uring", "asio"}) {
         if (!runs_here("host+sync+" + name)) continue;
         BOOST_TEST_REQUIRE(sinks.contains(name), name);
