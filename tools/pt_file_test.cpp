@@ -5,12 +5,10 @@
 #include <fcntl.h>
 #include <sstream>
 #include <string>
-#include <utility>
-#include <vector>
 
 #include "files.hpp"
+#include "record_archive.hpp"
 #include "support.hpp"
-#include "varve/torch/detail/zip_writer.hpp"
 
 #include "commands.hpp"
 
@@ -19,27 +17,13 @@ namespace {
 using namespace varve_test;
 namespace tool = varve::tool;
 
-class text_stream final : public varve::byte_stream {
-public:
-    void write(std::span<std::byte const> bytes) override { text.append(reinterpret_cast<char const*>(bytes.data()), bytes.size()); }
-    std::string text;
-};
-
-/// A whole archive with these records of varve's and one of 1,000 bytes, `data/0`.
-std::string archive_with(std::string const& index) {
-    text_stream out;
-    varve::libtorch::detail::zip_writer zip(out);
-    for (auto const& [name, content] : std::vector<std::pair<std::string, std::string>>{
-             {"data/0", std::string(1000, 'x')}, {"varve/step", "1"}, {"varve/sequence", "1"}, {"varve/metadata", "{}"}, {"varve/tensors", index}})
-        zip.record("archive/" + name, content);
-    zip.record("archive/varve/digest", varve::detail::hex(zip.digest()));
-    zip.finish();
-    return out.text;
-}
-
-/// What `varve restore FROM --output to.pt` says where it refuses; empty where it does not. Nothing is written then.
+/// What `varve restore FROM --output to.pt` says where it refuses an archive with this index and a record of 1,000 bytes, `data/0`;
+/// empty where it does not. Nothing is written then.
 std::string refusal(temporary_folder const& dir, std::string const& index) {
-    write_file(dir.path() / "from.pt", archive_with(index));
+    write_file(
+        dir.path() / "from.pt",
+        archive_with(
+            {{"data/0", std::string(1000, 'x')}, {"varve/step", "1"}, {"varve/sequence", "1"}, {"varve/metadata", "{}"}, {"varve/tensors", index}}));
     std::ostringstream out, err;
     try {
         if (tool::restore({(dir.path() / "from.pt").string(), "--output", (dir.path() / "to.pt").string()}, out, err) == 0) return {};

@@ -58,9 +58,8 @@ void read_flags(given_settings& given, std::vector<std::string> const& args) {
         if (!seen.insert(o.string_key).second && o.string_key != "help") throw usage_error("--" + o.string_key + " is given twice");
         std::string joined;
         for (auto const& v : o.value) joined += (joined.empty() ? "" : " ") + v;
-        if (o.string_key == "config" && joined.empty())
-            throw usage_error("--config '': must not be empty");
-        else if (o.string_key == "config")
+        if (o.string_key == "config" && joined.empty()) throw usage_error("--config '': must not be empty");
+        if (o.string_key == "config")
             given.file_path = joined;
         else if (o.value.empty())
             given.flags.emplace_back(o.string_key, "true");

@@ -13,10 +13,10 @@
 
 #include "files.hpp"
 #include "models.hpp"
+#include "record_archive.hpp"
 #include "shell.hpp"
 #include "support.hpp"
 #include "varve/torch/archive.hpp"
-#include "varve/torch/detail/zip_writer.hpp"
 #include "varve/torch/training_state.hpp"
 
 using namespace varve_test;
@@ -25,12 +25,6 @@ using varve::libtorch::archive_reader;
 using varve::libtorch::training_state;
 
 namespace {
-
-class text_stream final : public varve::byte_stream {
-public:
-    void write(std::span<std::byte const> bytes) override { text.append(reinterpret_cast<char const*>(bytes.data()), bytes.size()); }
-    std::string text;
-};
 
 /// A file in memory.
 class memory_file {
@@ -199,23 +193,14 @@ BOOST_AUTO_TEST_CASE(a_file_that_is_cut_short_or_longer_is_refused) {
 
 BOOST_AUTO_TEST_CASE(hostile_records_are_refused) {
     trained<odd_model> from(optimizers()[0].make, 0);
-    auto archive_with = [](std::vector<std::pair<std::string, std::string>> const& records) {
-        text_stream out;
-        varve::libtorch::detail::zip_writer zip(out);
-        for (auto const& [name, content] : records) zip.record("archive/" + name, content);
-        zip.record("archive/varve/digest", varve::detail::hex(zip.digest()));
-        zip.finish();
-        return out.text;
-    };
     auto restoring = [&](std::string const& index) {
         memory_file file(archive_with({{"data/0", "12345678"}, {"varve/tensors", index}}));
         return code_of([&] { archive_reader().restore(file.fd(), from.training->state(), {}); });
     };
     using varve::errc;
     for (auto const* index : {"", "{}", "[", "[1]", "[[]]", R"([["a","F32",[2],3]])", R"([["a","F99",[2],""]])", R"([["a","F32",[-1],""]])",
-                              R"([["a","F32",[1e300],""]])", R"([["model.frozen","F32",[12],"data/9"]])", R"([["model.frozen","F32",[12],"=00"]])"})
-        BOOST_TEST(restoring(index) == errc::malformed, index);
-    for (auto const* index : {R"([["model.frozen","U8",[16],"varve/digest"]])", R"([["a","F32",[1000000],""]])",
+                              R"([["a","F32",[1e300],""]])", R"([["model.frozen","F32",[12],"data/9"]])", R"([["model.frozen","F32",[12],"=00"]])",
+                              R"([["model.frozen","U8",[16],"varve/digest"]])", R"([["a","F32",[1000000],""]])",
                               R"([["a","I64",[],"data/0"],["b","I64",[],"data/0"]])", R"([["a","F32",[9223372036854775807,9],""]])"})
         BOOST_TEST(restoring(index) == errc::malformed, index);
     BOOST_TEST(restoring(std::string(200'000, '[')) == errc::malformed);

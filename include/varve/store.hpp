@@ -247,8 +247,8 @@ private:
 
     void make_durable(int fd) {
         if (!options_.durable) return;
-        while (calls_.fdatasync(fd) != 0)
-            if (errno != EINTR) throw_if(last_system_error(errno), path().string() + ": cannot make the newest checkpoint durable");
+        if (detail::uninterrupted([&] { return calls_.fdatasync(fd); }) != 0)
+            throw_if(last_system_error(errno), path().string() + ": cannot make the newest checkpoint durable");
         throw_if(folder_.sync(), path().string() + ": cannot make the newest checkpoint durable");
     }
 

@@ -13,6 +13,17 @@
 
 namespace varve {
 
+namespace detail {
+
+/// Makes a system call until no signal interrupts it; its answer, errno with it. Source: signal(7).
+template <class Call>
+int uninterrupted(Call call) {
+    for (;;)
+        if (int const answer = call(); answer >= 0 || errno != EINTR) return answer;
+}
+
+}  // namespace detail
+
 /// The one seam through which every system call on the way to disk goes, so that a test can record it, fail it or
 /// tear it. Each member is the system call of its name: it returns what the call returns and sets errno.
 /// Thread-safe. Source: section 2 of the Linux man-pages.

@@ -71,11 +71,8 @@ public:
     /// kernel reports it once and may have dropped the pages. Source: fdatasync(2).
     std::error_code sync() noexcept {
         if (failed_) return failed_;
-        while (calls_->fdatasync(buffered_.get()) != 0) {
-            if (errno == EINTR) continue;
-            return failed_ = last_system_error(errno);
-        }
-        return {};
+        if (uninterrupted([this] { return calls_->fdatasync(buffered_.get()); }) != 0) failed_ = last_system_error(errno);
+        return failed_;
     }
 
 private:

@@ -51,10 +51,7 @@ public:
         file_descriptor fd(calls_.openat(folder_, made.name.c_str(), O_RDWR | O_CREAT | O_EXCL, 0666), calls_);
         if (!fd) throw_if(last_system_error(errno), "cannot create a checkpoint file");
         if (mode_ == prepare_mode::none) return made;
-        int allocated = 0;
-        do allocated = calls_.fallocate(fd.get(), 0, static_cast<off_t>(slot_bytes_));
-        while (allocated != 0 && errno == EINTR);
-        if (allocated != 0 && errno != EOPNOTSUPP) {
+        if (uninterrupted([&] { return calls_.fallocate(fd.get(), 0, static_cast<off_t>(slot_bytes_)); }) != 0 && errno != EOPNOTSUPP) {
             auto ec = last_system_error(errno);
             fd.reset();
             calls_.unlinkat(folder_, made.name.c_str());

@@ -93,10 +93,8 @@ inline std::optional<store_mark> read_mark(int folder, std::filesystem::path con
     return mark;
 }
 
-/// fsync, which a signal may interrupt. Source: fsync(2).
 inline int fsync_file(system_calls& calls, int fd) noexcept {
-    for (;;)
-        if (int const result = calls.fsync(fd); result == 0 || errno != EINTR) return result;
+    return uninterrupted([&] { return calls.fsync(fd); });
 }
 
 /// The folder of a store, open and locked for its one writer.
