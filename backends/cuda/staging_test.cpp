@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <unistd.h>
+#include <algorithm>
 #include <array>
 #include <future>
 
@@ -222,6 +223,73 @@ BOOST_AUTO_TEST_CASE(a_save_that_is_replaced_gives_its_snapshot_to_the_next) {
     ck.drain();
     BOOST_TEST(log->steps == (std::vector<int>{1, 6}), boost::test_tools::per_element());
     for (std::size_t i = 1; i + 1 < tickets.size(); ++i) BOOST_TEST((tickets[i].durable().wait() == varve::errc::replaced));
+}
+
+BOOST_AUTO_TEST_CASE(a_copy_in_pieces_is_whole_and_behind_what_was_taken) {
+    if (!have_gpu()) return;
+    constexpr std::size_t size = (std::size_t{28} << 20) + 9, first = 3, copied = (std::size_t{20} << 20) + 5, place = 4097;
+    std::vector<std::byte> bytes(size);
+    for (std::size_t i = 0; i < size; ++i) bytes[i] = static_cast<std::byte>(i * 2654435761u >> 13);
+    device_bytes memory(size), source(size);
+    expect(::cudaMemcpy(source.data, bytes.data(), size, cudaMemcpyDefault));
+    settle();
+    varve::state s;
+    s.layers.push_back({"l", {{"t", varve::dtype::U8, {static_cast<std::int64_t>(size)}, memory.data, {}, varve::memory_kind::device}}});
+    pinned_staging staging(8 * block, 8 * block, {.snapshots = 1});
+    BOOST_TEST_REQUIRE(staging.prepare_snapshots(varve::safetensors{}.lay_out(s), s, 1) == 1u);
+    user_stream training;
+    gate door;
+    for (int round = 0; round < 2; ++round) {
+        auto snapshot = staging.acquire_snapshot();
+        door.close();
+        door.hold(training.stream);
+        expect(::cudaMemcpyAsync(memory.data, source.data, size, cudaMemcpyDefault, training.stream));
+        auto const taken = staging.take(snapshot, std::array{std::size_t{0}}, std::array{staging.record({training.stream})});
+        std::stop_source never;
+        auto buffer = staging.acquire(never.get_token());
+        std::memset(buffer.data(), 0, 8 * block);
+        auto const token = staging.copy(buffer, place, snapshot, first, copied, taken);
+        auto done = std::async(std::launch::async, [&] { return token.wait(); });
+        BOOST_TEST((done.wait_for(50ms) == std::future_status::timeout));
+        door.open();
+        BOOST_TEST(!done.get());
+        BOOST_TEST(std::memcmp(buffer.data() + place, bytes.data() + first, copied) == 0);
+        BOOST_TEST((buffer.data()[place - 1] == std::byte{0} && buffer.data()[place + copied] == std::byte{0}));
+        expect(::cudaMemsetAsync(memory.data, 0, size, training.stream));
+    }
+}
+
+BOOST_AUTO_TEST_CASE(a_copy_of_the_trainings_gets_through_while_a_snapshot_is_on_its_way) {
+    if (!have_gpu()) return;
+    if (sanitized()) return skip("a sanitizer takes the time that is measured here");
+    using clock = std::chrono::steady_clock;
+    user_stream training;
+    device_model model(1, std::size_t{512} << 20);
+    device_bytes loss(4);
+    varve::cuda::page_locked host(4);
+    auto const img = varve::safetensors{}.lay_out(model.state());
+    constexpr std::size_t bytes = 16 * block;
+    pinned_staging staging(img.data_bytes(), bytes, {.snapshots = 1});
+    BOOST_TEST_REQUIRE(staging.prepare_snapshots(img, model.state(), 1) == 1u);
+    auto snapshot = staging.acquire_snapshot();
+    auto const taken = staging.take(snapshot, std::array{std::size_t{0}}, std::array{staging.record({training.stream})});
+    BOOST_TEST(!taken.wait());
+    std::stop_source never;
+    std::vector<pinned_staging::buffer_type> buffers;
+    for (std::size_t b = 0; b < staging.block_count(); ++b) buffers.push_back(staging.acquire(never.get_token()));
+    std::vector<double> shares;
+    for (int i = 0; i < 5; ++i) {
+        varve::cuda::event last;
+        for (std::size_t b = 0; b < buffers.size(); ++b) last = staging.copy(buffers[b], 0, snapshot, b * bytes, bytes, taken);
+        auto const start = clock::now();
+        expect(::cudaMemcpyAsync(host.data(), loss.data, 4, cudaMemcpyDefault, training.stream));
+        expect(::cudaStreamSynchronize(training.stream));
+        auto const through = clock::now() - start;
+        BOOST_TEST(!last.wait());
+        shares.push_back(std::chrono::duration<double>(through) / (clock::now() - start));
+    }
+    // 10 ms in all; it took all of them where the copies were in one stream.
+    BOOST_TEST(*std::ranges::min_element(shares) < 0.5);
 }
 
 BOOST_AUTO_TEST_CASE(strided_tensors_arrive_in_row_major_order_also_from_a_snapshot) {

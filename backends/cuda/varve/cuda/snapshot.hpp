@@ -76,7 +76,8 @@ public:
         device_scope on(device_);
         relaxed_capture relaxed;
         stream_.emplace(false);
-        events_ = std::make_shared<event_pool>();
+        taken_ = std::make_shared<event_pool>(64, awaited_by::streams);
+        hashed_ = std::make_shared<event_pool>(1);
         if (detail::has_kernels()) {
             upload_table();
             digests_ = page_locked(varve::detail::chunk_count(bytes_) * sizeof(std::uint64_t));
@@ -125,7 +126,7 @@ public:
     std::error_code digest(slot const& from, std::span<std::uint64_t> out, cudaStream_t stream) noexcept {
         auto* const found = reinterpret_cast<std::uint64_t*>(digests_.data());
         auto failed = code_of(detail::chunk_digests(memory(from), bytes_, found, stream));
-        failed = events_->mark(stream, failed).wait();
+        failed = hashed_->mark(stream, failed).wait();
         if (!failed) std::copy_n(found, varve::detail::chunk_count(bytes_), out.begin());
         return failed;
     }
@@ -139,12 +140,12 @@ public:
         for (std::size_t i = 0; i < points.size(); ++i) {
             if (points[i].failed()) return {nullptr, points[i].failed()};
             if (i > 0 && points[i] == points[i - 1]) continue;
-            if (auto ec = points[i].order(stream)) return events_->mark(stream, ec);
+            if (auto ec = points[i].order(stream)) return taken_->mark(stream, ec);
         }
         for (std::size_t i = 0; i < layers.size(); ++i)
             for (auto const& t : hosts_of_[layers[i]]) {
                 if (t.pinned)
-                    if (auto ec = points[i].wait()) return events_->mark(stream, ec);
+                    if (auto ec = points[i].wait()) return taken_->mark(stream, ec);
                 auto* const copy = to.mirror.data() + t.mirror_offset;
                 if (t.contiguous)
                     std::memcpy(copy, t.contiguous, t.size_bytes);
@@ -158,7 +159,7 @@ public:
             for (; i < layers.size() && layers[i] == next; ++i) ++next;
             failed = gather(first, next, to);
         }
-        return events_->mark(stream, failed);
+        return taken_->mark(stream, failed);
     }
 
 private:
@@ -254,7 +255,7 @@ private:
     std::uint64_t const bytes_;
     int device_ = -1;
     std::optional<side_stream> stream_;
-    std::shared_ptr<event_pool> events_;
+    std::shared_ptr<event_pool> taken_, hashed_;
     std::vector<std::vector<place>> tensors_of_, hosts_of_;  ///< by layer
     std::vector<std::size_t> first_piece_;                   ///< of a layer, in the table
     std::uint64_t mirror_bytes_ = 0;

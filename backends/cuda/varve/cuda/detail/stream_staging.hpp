@@ -3,7 +3,6 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
-#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <map>
@@ -19,6 +18,7 @@
 
 #include "varve/concepts/staging.hpp"
 #include "varve/cuda/detail/enqueue.hpp"
+#include "varve/cuda/detail/yielding_copies.hpp"
 #include "varve/cuda/device.hpp"
 #include "varve/cuda/error.hpp"
 #include "varve/cuda/event.hpp"
@@ -124,14 +124,7 @@ public:
         std::error_code failed;
         auto* of = shared_->on(device, failed);
         if (!of) return {nullptr, failed};
-        auto const stream = of->copies.get();
-        auto& before_last = of->under_way[of->next_under_way++ % of->under_way.size()];
-        before_last.wait();  // its error is that of the save that it belonged to
-        failed = taken.order(stream);
-        if (!failed)
-            failed = code_of(::cudaMemcpyAsync(into.data() + buffer_offset_bytes, shared_->room->memory(from) + offset_bytes, size_bytes,
-                                               cudaMemcpyDefault, stream));
-        return before_last = of->events->mark(stream, failed);
+        return of->snapshot_copies.copy(into.data() + buffer_offset_bytes, shared_->room->memory(from) + offset_bytes, size_bytes, taken);
     }
 
     /// Whether the kernel was compiled in.
@@ -143,7 +136,8 @@ public:
         device_scope on(device);
         std::error_code failed;
         auto* of = shared_->on(device, failed);
-        return of ? shared_->room->digest(from, out, of->copies.get()) : failed;
+        if (of) failed = of->snapshot_copies.last().order(of->copies.get());
+        return failed ? failed : shared_->room->digest(from, out, of->copies.get());
     }
 
     /// GPU memory that the snapshots take.
@@ -185,10 +179,7 @@ private:
         side_stream copies{true};
         std::shared_ptr<event_pool> events = std::make_shared<event_pool>();
         wait_meter waits;
-        /// The last copies from a snapshot; there are no more of them in the stream at once. Others copy from this GPU too, a
-        /// training its loss, and its copy engine takes what is queued in order. The copying thread's.
-        std::array<event, 2> under_way;
-        std::size_t next_under_way = 0;
+        yielding_copies snapshot_copies{events};  ///< the copying thread's
     };
 
     struct shared {
