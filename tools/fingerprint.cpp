@@ -16,7 +16,6 @@ std::vector<std::pair<std::string, std::string>> fingerprint(varve::state& s) {
     std::vector<std::pair<std::string, std::string>> out;
 #if VARVE_TOOL_WITH_CUDA
     std::optional<cuda::transfer> device;  // LibTorch's work is in the default stream
-    std::vector<std::byte> bytes;
 #endif
     for (std::size_t i = 0; i < s.layers.size(); ++i) {
         if (s.refresh) s.refresh(i);
@@ -25,9 +24,8 @@ std::vector<std::pair<std::string, std::string>> fingerprint(varve::state& s) {
 #if VARVE_TOOL_WITH_CUDA
             if (t.memory == memory_kind::device) {
                 if (!device) device.emplace(nullptr);
-                bytes.resize(t.size_bytes());
-                device->read(t, 0, bytes);
-                digest.add(bytes);
+                auto const reader = device->read({&t});
+                for (auto bytes = reader->next(); !bytes.empty(); bytes = reader->next()) digest.add(bytes);
                 out.emplace_back(t.name, detail::hex(digest.value()));
                 continue;
             }

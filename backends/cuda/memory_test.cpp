@@ -1,12 +1,13 @@
 #include <boost/test/unit_test.hpp>
 
 #include <dlfcn.h>
+#include <array>
 
 #include "device_model.hpp"
 #include "varve/scheduling/layerwise.hpp"
 
-// Every call by which varve takes memory of CUDA's, page-locked memory, GPU memory, events and streams, is refused once. The
-// functions below stand before those of the runtime library, in this program alone.
+// Every call by which varve takes memory of CUDA's, page-locked memory, GPU memory, events and streams, is refused once, and every
+// copy and every record of an event. The functions below stand before those of the runtime library, in this program alone.
 
 namespace {
 
@@ -51,6 +52,14 @@ cudaError_t CUDARTAPI cudaStreamCreateWithPriority(cudaStream_t* stream, unsigne
     static auto* const real = next<cudaError_t(cudaStream_t*, unsigned, int)>("cudaStreamCreateWithPriority");
     return fails_now() ? cudaErrorMemoryAllocation : real(stream, flags, priority);
 }
+cudaError_t CUDARTAPI cudaMemcpyAsync(void* to, void const* from, std::size_t size, cudaMemcpyKind kind, cudaStream_t stream) {
+    static auto* const real = next<cudaError_t(void*, void const*, std::size_t, cudaMemcpyKind, cudaStream_t)>("cudaMemcpyAsync");
+    return fails_now() ? cudaErrorMemoryAllocation : real(to, from, size, kind, stream);
+}
+cudaError_t CUDARTAPI cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+    static auto* const real = next<cudaError_t(cudaEvent_t, cudaStream_t)>("cudaEventRecord");
+    return fails_now() ? cudaErrorMemoryAllocation : real(event, stream);
+}
 
 }  // extern "C"
 
@@ -92,10 +101,50 @@ bool saves_three_steps(device_model& model, std::size_t snapshots, cudaStream_t 
     return durable.size() == 3u;
 }
 
-/// The way of a restore, there and back.
+/// Copies of a snapshot, each of three pieces: what arrives is whole, also after one that failed.
+bool copies_in_pieces(cudaStream_t stream) {
+    constexpr std::size_t size = 6 * block;
+    device_bytes memory(size);
+    varve::state s;
+    s.layers.push_back({"l", {{"t", varve::dtype::U8, {static_cast<std::int64_t>(size)}, memory.data, {}, varve::memory_kind::device}}});
+    int whole = 0;
+    try {
+        pinned_staging staging(size, size, {.snapshots = 1});
+        if (staging.prepare_snapshots(varve::safetensors{}.lay_out(s), s, 1) == 0) return false;
+        std::stop_source never;
+        for (int value = 1; value <= 3; ++value) {
+            expect(::cudaMemsetAsync(memory.data, value, size, stream));
+            auto snapshot = staging.acquire_snapshot();
+            auto buffer = staging.acquire(never.get_token());
+            std::memset(buffer.data(), 0, size);
+            auto const taken = staging.take(snapshot, std::array{std::size_t{0}}, std::array{staging.record({stream})});
+            auto const failed = staging.copy(buffer, 0, snapshot, 0, size, taken).wait();
+            BOOST_TEST((!failed || out_of_memory(failed)), failed.message());
+            // Where it failed nothing writes to the buffer any more; what else was asked for is done before the next round.
+            expect(::cudaDeviceSynchronize());
+            if (failed) continue;
+            BOOST_TEST((buffer.data()[0] == static_cast<std::byte>(value)));
+            BOOST_TEST(std::memcmp(buffer.data(), buffer.data() + 1, size - 1) == 0);
+            ++whole;
+        }
+    } catch (varve::error const& e) {
+        BOOST_TEST(out_of_memory(e.code()), e.what());
+        return false;
+    }
+    BOOST_TEST(whole >= 2);
+    return whole == 3;
+}
+
+/// The way of a restore, there and back, and of a reader without one.
 bool transfers(device_model& model, cudaStream_t stream) {
     auto const& t = model.state().layers[0].tensors[0];
-    std::vector<std::byte> bytes(t.size_bytes()), back(t.size_bytes());
+    auto read_all = [&](varve::cuda::transfer& way) {
+        std::vector<std::byte> out;
+        auto const reader = way.read({&t});
+        for (auto read = reader->next(); !read.empty(); read = reader->next()) out.insert(out.end(), read.begin(), read.end());
+        return out;
+    };
+    std::vector<std::byte> bytes(t.size_bytes());
     for (std::size_t i = 0; i < bytes.size(); ++i) bytes[i] = static_cast<std::byte>(i * 7);
     try {
         varve::cuda::transfer way(stream);
@@ -108,8 +157,9 @@ bool transfers(device_model& model, cudaStream_t stream) {
             at += size;
         }
         way.finish();
-        way.read(t, 0, back);
-        BOOST_TEST((bytes == back));
+        BOOST_TEST((bytes == read_all(way)));
+        varve::cuda::transfer back(stream);
+        BOOST_TEST((bytes == read_all(back)));
         return true;
     } catch (varve::error const& e) {
         BOOST_TEST(out_of_memory(e.code()), e.what());
@@ -146,6 +196,12 @@ BOOST_AUTO_TEST_CASE(whatever_memory_is_refused_saves_are_whole_or_say_so) {
     user_stream own;
     device_model model;
     for (std::size_t snapshots : {0, 2}) each_is_refused([&] { return saves_three_steps(model, snapshots, own.stream); });
+}
+
+BOOST_AUTO_TEST_CASE(whatever_is_refused_a_copy_in_pieces_is_whole_or_says_so) {
+    if (!have_gpu()) return;
+    user_stream own;
+    each_is_refused([&] { return copies_in_pieces(own.stream); });
 }
 
 BOOST_AUTO_TEST_CASE(whatever_memory_is_refused_a_restore_is_right_or_says_so) {

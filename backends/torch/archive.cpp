@@ -2,6 +2,7 @@
 
 #include <bit>
 #include <cstring>
+#include <memory>
 #include <nlohmann/json.hpp>
 #include <unordered_map>
 
@@ -41,6 +42,12 @@ public:
         auto const metadata = nlohmann::json(values_.metadata).dump();
         expect_readable(index, "names and shapes of its tensors");
         expect_readable(metadata, "metadata");
+        if (device_) {
+            std::vector<tensor const*> on_device;
+            for (auto const& r : records_)
+                if (r.source && r.source->memory == memory_kind::device) on_device.push_back(r.source);
+            on_device_ = device_->read(std::move(on_device));
+        }
         detail::zip_writer zip(out);
         auto named = [](std::string_view name) { return std::string(detail::archive_folder) += name; };
         zip.record(named("data.pkl"), pickle);
@@ -214,7 +221,16 @@ private:
     }
 
     void add(detail::zip_writer& zip, tensor const& t) {
-        if (t.strides.empty() && t.memory != memory_kind::device) {
+        if (t.memory == memory_kind::device) {
+            for (std::uint64_t left = t.size_bytes(); left > 0;) {
+                auto const bytes = on_device_->next();
+                if (bytes.empty()) throw error(std::make_error_code(std::errc::io_error), "cannot read " + t.name + ": its device has no more bytes");
+                zip.add(bytes);
+                left -= bytes.size();
+            }
+            return;
+        }
+        if (t.strides.empty()) {
             zip.add({static_cast<std::byte const*>(t.data), static_cast<std::size_t>(t.size_bytes())});
             return;
         }
@@ -222,10 +238,7 @@ private:
         std::vector<std::byte> piece(piece_bytes);
         for (std::uint64_t at = 0; at < t.size_bytes(); at += piece_bytes) {
             auto const n = static_cast<std::size_t>(std::min<std::uint64_t>(piece_bytes, t.size_bytes() - at));
-            if (t.memory == memory_kind::device)
-                device_->read(t, at, std::span(piece).first(n));
-            else
-                varve::detail::gather(t, at, n, piece.data());
+            varve::detail::gather(t, at, n, piece.data());
             zip.add(std::span(piece).first(n));
         }
     }
@@ -234,6 +247,7 @@ private:
     detail::python_layout const& layout_;
     commit_values const& values_;
     device_memory* device_;
+    std::unique_ptr<device_memory::reader> on_device_;  ///< the tensors there, in the records' order
     detail::pickle_writer pickle_;
     std::unordered_map<std::string_view, tensor const*> tensors_;
     std::vector<record> records_;

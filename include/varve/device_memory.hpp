@@ -2,7 +2,9 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <span>
+#include <vector>
 
 #include "varve/detail/gather.hpp"
 #include "varve/error.hpp"
@@ -28,8 +30,19 @@ public:
     virtual void give_back(std::span<std::byte> piece) noexcept = 0;
     /// Returns when everything that was written has arrived.
     virtual void finish() = 0;
-    /// Fills `out` from [offset, offset + out.size()) of the tensor's row-major form.
-    virtual void read(tensor const& from, std::uint64_t offset_bytes, std::span<std::byte> out) = 0;
+
+    /// Hands out the bytes of tensors in their row-major form, in order; one thread's. It keeps up to three pieces of memory, as
+    /// long as it lives: whoever borrows meanwhile, on the same thread, may wait for ever.
+    class reader {
+    public:
+        virtual ~reader() = default;
+        /// The next bytes, all of one tensor, which stay until the next call; none where all were handed out. Throws error,
+        /// and has no more then.
+        virtual std::span<std::byte const> next() = 0;
+    };
+    /// Reads the tensors one after the other, ahead of what is asked for. The tensors do not change meanwhile, and outlive the
+    /// reader, as this does.
+    virtual std::unique_ptr<reader> read(std::vector<tensor const*> from) = 0;
 };
 
 namespace detail {
