@@ -121,9 +121,12 @@ template <class Staging, class Scheduling>
 std::unique_ptr<running_method> start_with_monitor(libtorch::training_state& training, method_settings const& s, Scheduling scheduling,
                                                    method_facts facts, std::size_t writing_at_once) {
     constexpr bool by_layer = Scheduling::copies == copy_moment::at_layer_ready;
-    [[maybe_unused]] constexpr bool pinned = Staging::memory == memory_kind::pinned;  // unused without CUDA
-    auto const block_bytes = block_bytes_of(s, by_layer, std::uint64_t{8} << 20);
+    constexpr bool pinned = Staging::memory == memory_kind::pinned;
     auto const image_bytes = safetensors{}.lay_out(training.state()).size_bytes;
+    // Every block from a GPU interrupts a processor and goes through two messages; a small image has eight all the same.
+    auto const largest_bytes = std::uint64_t{pinned ? 16u : 8u} << 20;
+    auto const block_bytes =
+        block_bytes_of(s, by_layer, std::clamp<std::uint64_t>(image_bytes / 8 / block_unit_bytes * block_unit_bytes, 8u << 20, largest_bytes));
     auto const pool_bytes = std::min(wanted_pool_bytes(s, image_bytes, block_bytes, pool_place::monitor), largest_pool_bytes());
     auto const where = asio::parse_address(s.monitor->address);
     asio::monitor_sink_options sink_options;
