@@ -63,7 +63,7 @@ BOOST_AUTO_TEST_CASE(on_a_gpu_with_a_save_at_every_step_that_replaces_the_one_th
 
 BOOST_AUTO_TEST_CASE(on_a_gpu_without_snapshots_and_with_a_pool_that_is_smaller_than_a_checkpoint_too) {
     if (!have_tool_gpu()) return;
-    // 126 MB through two blocks of 32 MiB; layerwise through 16 of 4 MiB.
+    // 126 MB through eight blocks of 8 MiB; layerwise through 16 of 4 MiB.
     every_method_is_exact({"original", "layerwise"},
                           {"--d-model",         "256", "--num-layers",   "2",   "--nhead",        "4",  "--vocab-size",     "20000",
                            "--dim-feedforward", "256", "--num-samples",  "50",  "--seq-len",      "32", "--batch-size",     "4",
