@@ -10,12 +10,14 @@
 #include <limits>
 #include <nlohmann/json.hpp>
 #include <sstream>
+#include <thread>
 
 #include "varve/detail/store_folder.hpp"
 
 #include "commands.hpp"
 #include "element_difference.hpp"
 #include "errors.hpp"
+#include "progress.hpp"
 #include "table.hpp"
 
 namespace {
@@ -348,6 +350,31 @@ BOOST_AUTO_TEST_CASE(columns_stand_below_each_other) {
     std::ostringstream out;
     out << t;
     BOOST_TEST(out.str() == "n\xc3\xa4me         size\na               1\nlonger name   100\n");
+}
+
+BOOST_AUTO_TEST_CASE(reading_shows_how_far_it_is_on_a_terminal_alone) {
+    temporary_folder folder;
+    auto const path = folder.path() / "f";
+    write_file(path, std::string(3'000'000, 'x'));
+    using namespace std::chrono_literals;
+    auto shown = [&](bool terminal, std::uint64_t total, std::chrono::milliseconds quiet) {
+        std::ostringstream err;
+        {
+            tool::reading_progress progress(err, "f", total, terminal, quiet);
+            BOOST_TEST(read_file(path).size() == 3'000'000u);
+            // A round of drawing and the next one.
+            std::this_thread::sleep_for(500ms);
+        }
+        return err.str();
+    };
+    BOOST_TEST(shown(false, 3'000'000, 0ms) == "");
+    BOOST_TEST(shown(true, 3'000'000, 10s) == "");
+    auto const of_all = shown(true, 3'000'000, 0ms);
+    BOOST_TEST(of_all.find("f  3.0 MB of 3.0 MB") != std::string::npos, of_all);
+    BOOST_TEST(of_all.ends_with("\r\033[K"));
+    auto const alone = shown(true, 0, 0ms);
+    BOOST_TEST(alone.find("f  3.0 MB") != std::string::npos, alone);
+    BOOST_TEST(alone.find(" of ") == std::string::npos, alone);
 }
 
 BOOST_AUTO_TEST_SUITE_END()

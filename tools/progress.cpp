@@ -3,7 +3,14 @@
 #include <unistd.h>
 #include <algorithm>
 #include <cmath>
+#include <condition_variable>
 #include <cstdio>
+#include <fstream>
+#include <stop_token>
+#include <system_error>
+#include <utility>
+
+#include "table.hpp"
 
 namespace varve::tool {
 
@@ -23,6 +30,42 @@ void progress::line(std::string const& text) {
 void progress::clear() {
     if (drawn_) err_ << "\r\033[K" << std::flush;
     drawn_ = false;
+}
+
+namespace {
+
+/// By all of the process's reads, of whatever; 0 where the kernel does not say.
+std::uint64_t bytes_read() {
+    std::ifstream in("/proc/self/io");
+    std::string key;
+    for (std::uint64_t value = 0; in >> key >> value;)
+        if (key == "rchar:") return value;
+    return 0;
+}
+
+}  // namespace
+
+reading_progress::reading_progress(std::ostream& err, std::string what, std::uint64_t total_bytes, bool terminal, std::chrono::milliseconds quiet) {
+    auto const before = bytes_read();
+    if (!terminal || before == 0) return;
+    auto draw = [&err, what = std::move(what), total_bytes, quiet, before](std::stop_token stop) {
+        std::mutex mutex;
+        std::condition_variable_any stopped;
+        std::unique_lock lock(mutex);
+        auto sleeps = [&](std::chrono::milliseconds time) { return !stopped.wait_for(lock, stop, time, [&] { return stop.stop_requested(); }); };
+        if (!sleeps(quiet)) return;
+        do {
+            auto const read = bytes_read() - before;
+            err << "\r\033[K" << what << "  "
+                << (total_bytes > 0 ? size_text(std::min(read, total_bytes)) + " of " + size_text(total_bytes) : size_text(read)) << std::flush;
+        } while (sleeps(std::chrono::milliseconds(200)));
+        err << "\r\033[K" << std::flush;
+    };
+    try {
+        thread_ = std::jthread(std::move(draw));
+    } catch (std::system_error const&) {
+        // The command does without.
+    }
 }
 
 bool stderr_is_terminal() { return ::isatty(STDERR_FILENO) == 1; }

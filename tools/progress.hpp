@@ -1,9 +1,11 @@
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <mutex>
 #include <ostream>
 #include <string>
+#include <thread>
 
 namespace varve::tool {
 
@@ -30,6 +32,18 @@ private:
 
 /// Whether standard error is a terminal.
 bool stderr_is_terminal();
+
+/// How far a command has come that reads files: redrawn on a terminal five times a second, once it has taken a second; nothing
+/// elsewhere. Counted is what the process has read since this was made.
+class reading_progress {
+public:
+    /// `total_bytes`: 0 where nobody knows.
+    reading_progress(std::ostream& err, std::string what, std::uint64_t total_bytes = 0, bool terminal = stderr_is_terminal(),
+                     std::chrono::milliseconds quiet = std::chrono::seconds(1));
+
+private:
+    std::jthread thread_;
+};
 
 /// A number with `digits` significant digits, without an exponent.
 std::string short_number(double value, int digits = 3);

@@ -1,6 +1,8 @@
 #include <algorithm>
 #include <charconv>
+#include <optional>
 #include <ostream>
+#include <utility>
 
 #include "varve/detail/digest.hpp"
 #include "varve/detail/safetensors_match.hpp"
@@ -13,6 +15,7 @@
 #include "checkpoint_file.hpp"
 #include "command_line.hpp"
 #include "commands.hpp"
+#include "progress.hpp"
 #include "pt_file.hpp"
 #include "store_reader.hpp"
 #include "table.hpp"
@@ -34,21 +37,23 @@ struct source {
     std::unique_ptr<checkpoint_file> file;
 };
 
-source open_source(std::filesystem::path const& path, bool verify) {
+source open_source(std::filesystem::path const& path, bool verify, std::ostream& err) {
     source out{path, open_checkpoint(path)};
+    std::error_code ignored;
+    reading_progress shown(err, "checks " + detail::printable(path.string()), std::filesystem::file_size(path, ignored));
     if (verify) at_path(path, [&] { format_of(out.file->fd())->verify(out.file->fd(), reading_workers()); });
     return out;
 }
 
 /// The newest checkpoint that is whole; what is broken on the way there is said.
 source find_source(request const& r, std::ostream& err) {
-    if (!std::filesystem::is_directory(r.from)) return open_source(r.from, r.verify);
+    if (!std::filesystem::is_directory(r.from)) return open_source(r.from, r.verify, err);
     auto const listed = list_store(r.from);
     for (auto const& b : listed.broken) err << "broken: " << detail::printable(b.path.string()) << ": " << b.why << '\n';
     for (auto const& c : listed.checkpoints) {
         if (r.step && c.step != *r.step) continue;
         try {
-            return open_source(c.path, r.verify);
+            return open_source(c.path, r.verify, err);
         } catch (error const& e) {
             if (e.code().category() != category() || e.code() == errc::unsupported) throw;
             err << "broken: " << e.what() << '\n';
@@ -165,11 +170,13 @@ int restore(std::vector<std::string> const& args, std::ostream& out, std::ostrea
         throw error(errc::no_checkpoint,
                     detail::printable(from.path.string()) + ": is of step " + std::to_string(identity.step) + ", not " + std::to_string(*r.step));
     atomic_file to(r.to);
+    std::optional<reading_progress> writing(std::in_place, err, "writes " + detail::printable(r.to.string()));
     if (r.to.extension() == ".pt")
         write_archive(state_of(*from.file, r.model_only), *from.file, identity, to);
     else
         write_safetensors(*from.file, identity, r.model_only, to);
     to.commit();
+    writing.reset();
     out << detail::printable(r.to.string()) << ": step " << identity.step << " of " << detail::printable(from.path.string()) << ", "
         << size_text(std::filesystem::file_size(r.to)) << '\n';
     return 0;

@@ -10,6 +10,7 @@
 #include "checkpoint_file.hpp"
 #include "command_line.hpp"
 #include "commands.hpp"
+#include "progress.hpp"
 #include "store_reader.hpp"
 #include "table.hpp"
 
@@ -24,7 +25,7 @@ struct judgement {
     std::string says;   ///< why not; or what it is
 };
 
-judgement judge(std::filesystem::path const& path, bool structure_only) {
+judgement judge(std::filesystem::path const& path, bool structure_only, std::ostream& err) {
     judgement out{path, false, false, {}};
     try {
         auto fd = open_to_read(path);
@@ -39,6 +40,7 @@ judgement judge(std::filesystem::path const& path, bool structure_only) {
             format->identify(fd.get());
             out.says = "structure whole, " + size;
         } else {
+            reading_progress shown(err, detail::printable(path.string()), static_cast<std::uint64_t>(info.st_size));
             format->verify(fd.get(), reading_workers());
             auto identity = format->identify(fd.get());
             out.says = "whole, step " + std::to_string(identity.step) + ", sequence " + std::to_string(identity.sequence) + ", " + size;
@@ -54,7 +56,7 @@ judgement judge(std::filesystem::path const& path, bool structure_only) {
 
 }  // namespace
 
-int verify(std::vector<std::string> const& args, std::ostream& out, std::ostream&) {
+int verify(std::vector<std::string> const& args, std::ostream& out, std::ostream& err) {
     auto shown = option_group("Options");
     shown.add_options()("structure", "check header and structure alone: for files of others, which have no digests (default: every byte)")(
         "json", "JSON")("help", "this text");
@@ -69,7 +71,7 @@ int verify(std::vector<std::string> const& args, std::ostream& out, std::ostream
     bool const is_store = std::filesystem::is_directory(path);
     std::vector<judgement> judged;
     for (auto const& file : is_store ? checkpoint_paths(path) : std::vector{path}) {
-        auto j = judge(file, structure_only);
+        auto j = judge(file, structure_only, err);
         if (!is_store && j.gone)
             throw error(std::make_error_code(std::errc::no_such_file_or_directory), detail::printable(path.string()) + ": " + j.says);
         if (j.gone) continue;
