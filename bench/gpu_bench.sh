@@ -1,7 +1,7 @@
 # The measurements of bench/gpu, which sources this file. Results: one folder below $logs/bench for each name, with what `varve bench`
 # wrote there and the twin's JSON lines; bench/gpu_table.py makes the table of them.
 
-bench_names=(large large50 standard every-step stall restore monitor monitor-every-step monitor-restart twin pairs-standard pairs-large50 pairs-every-step scenarios 5gb)
+bench_names=(large large50 standard every-step stall restore monitor monitor-every-step monitor-restart twin pairs-standard pairs-large50 pairs-every-step pairs-monitor scenarios 5gb)
 repeats=${REPEATS:-3}
 device=${DEVICE:-cuda}
 tiny=${TINY:-0}
@@ -156,10 +156,14 @@ run_bench() {
         loop_pairs pairs-large50 500 "${large[@]}" --num-steps 100 --checkpoint-freq 50 --methods layerwise "$staging+async+io_uring" || status=1
         ;;
     pairs-every-step)
-        mapfile -t more < <(runnable layerwise-monitor)
-        loop_pairs pairs-every-step-standard 150 "${standard[@]}" --num-steps 20 --checkpoint-freq 1 --when-busy replace \
-            --methods "$staging+async+io_uring" layerwise "${more[@]}" || status=1
-        loop_pairs pairs-every-step-large 200 "${large[@]}" --num-steps 20 --checkpoint-freq 1 --when-busy replace \
+        loop_pairs pairs-every-step-standard 250 "${standard[@]}" --num-steps 10 --checkpoint-freq 1 --when-busy replace \
+            --methods "$staging+async+io_uring" layerwise || status=1
+        loop_pairs pairs-every-step-large 250 "${large[@]}" --num-steps 20 --checkpoint-freq 1 --when-busy replace \
+            --methods "$staging+async+io_uring" layerwise || status=1
+        ;;
+    pairs-monitor) # each is crash-safe, the disk gets what it can take
+        [[ -n $(runnable layerwise-monitor) ]] || { say "  no monitor in this build"; return 1; }
+        loop_pairs pairs-monitor 250 "${standard[@]}" --use-monitor --num-steps 10 --checkpoint-freq 1 --when-busy replace \
             --methods "$staging+async+io_uring" layerwise || status=1
         ;;
     scenarios)

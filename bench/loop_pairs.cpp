@@ -92,7 +92,8 @@ public:
             for (bool const saves : {pair % 2 == 0, pair % 2 != 0}) (saves ? with : without).push_back(stretch(*method, saves));
             ratios.push_back(with.back().loop_ms / without.back().loop_ms);
         }
-        auto const durable = std::count_if(tickets_.begin(), tickets_.end(), [](auto const& t) { return !t.durable().wait(); });
+        auto const durable = std::ranges::count_if(tickets_, [](auto const& t) { return !t.durable().wait(); });
+        auto const crash_safe = std::ranges::count_if(tickets_, [](auto const& t) { return !t.crash_safe().wait(); });
         method.reset();
         if (monitor) monitor->end();
         std::filesystem::remove_all(m.dir);
@@ -117,6 +118,7 @@ public:
                 {"training_threads_ready_ms", each(&half::training_ready_ms)},
                 {"other_threads_ran_ms", each(&half::others_ran_ms)},
                 {"saves", tickets_.size()},
+                {"crash_safe", crash_safe},
                 {"durable", durable}};
     }
 
