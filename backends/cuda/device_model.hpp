@@ -1,7 +1,10 @@
 #pragma once
 
+#include <boost/test/unit_test.hpp>
+
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -11,13 +14,16 @@
 #include <cstring>
 #include <memory>
 #include <mutex>
+#include <span>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "support.hpp"
 #include "varve/checkpointer.hpp"
 #include "varve/cuda/pinned_staging.hpp"
+#include "varve/device_memory.hpp"
 #include "varve/sink/memory.hpp"
 
 /// What the tests of this folder share.
@@ -188,5 +194,86 @@ private:
     std::uint64_t data_offset_;
     std::shared_ptr<log> log_;
 };
+
+/// Saves two steps of three to a sink that takes its time, while training goes on; every checkpoint is of one step. `update(ck, step, saves)` updates
+/// each layer, and announces it where the step is saved.
+template <class Staging, class Scheduling, class Update>
+void never_mixes_steps(varve::state& state, Staging staging, Scheduling scheduling, std::chrono::milliseconds delay, varve::cuda::stream_order order,
+                       Update update) {
+    auto log = std::make_shared<checking_sink::log>();
+    log->delay = delay;
+    std::vector<int> expected;
+    {
+        varve::checkpointer<Staging, Scheduling, checking_sink> ck(state, std::move(staging), scheduling, checking_sink(state, log));
+        for (std::uint64_t step = 1; step <= mixing_steps(); ++step) {
+            bool const saves = step % 3 != 0;
+            if (saves) ck.begin(step);
+            update(ck, step, saves);
+            if (!saves) continue;
+            ck.seal({}, order);
+            expected.push_back(static_cast<int>(step));
+        }
+        ck.drain();
+    }
+    std::lock_guard lock(log->mutex);
+    BOOST_TEST(log->steps == expected, boost::test_tools::per_element());
+}
+
+/// The same with a model on one GPU, whose updates take it a while.
+template <class Staging, class Scheduling>
+void never_mixes_steps(Staging staging, Scheduling scheduling, cudaStream_t stream, std::chrono::milliseconds delay) {
+    device_model model;
+    never_mixes_steps(model.state(), std::move(staging), scheduling, delay, {stream}, [&](auto& ck, std::uint64_t step, bool saves) {
+        for (std::size_t l = 0; l < model.layers(); ++l) {
+            ck.before_update(l, {stream});
+            model.update(l, step, stream, true);
+            if (saves) ck.layer_ready(l, {stream});
+        }
+    });
+}
+
+/// Bytes that say where they are, the first one as that of `first`.
+inline std::vector<std::byte> numbered_bytes(std::size_t size, std::size_t first = 0) {
+    std::vector<std::byte> out(size);
+    for (std::size_t i = 0; i < size; ++i) out[i] = static_cast<std::byte>((first + i) * 2654435761u >> 13);
+    return out;
+}
+
+/// A matrix in GPU memory whose columns lie side by side, and its bytes row by row.
+struct turned_matrix {
+    turned_matrix(std::int64_t rows, std::int64_t columns) : memory(static_cast<std::size_t>(rows * columns) * 2) {
+        std::vector<std::int16_t> values(memory.size / 2), row_major;
+        for (std::size_t i = 0; i < values.size(); ++i) values[i] = static_cast<std::int16_t>(i * 31);
+        for (std::int64_t c = 0; c < columns; ++c)
+            for (std::int64_t r = 0; r < rows; ++r) row_major.push_back(values[static_cast<std::size_t>(r * columns + c)]);
+        expect(::cudaMemcpy(memory.data, values.data(), memory.size, cudaMemcpyDefault));
+        settle();
+        auto const bytes = std::as_bytes(std::span(row_major));
+        expected.assign(bytes.begin(), bytes.end());
+        tensor = {"turned", varve::dtype::I16, {columns, rows}, memory.data, {1, columns}, varve::memory_kind::device};
+    }
+    device_bytes memory;
+    varve::tensor tensor;
+    std::vector<std::byte> expected;
+};
+
+inline void write_all(varve::device_memory& way, varve::tensor const& to, std::span<std::byte const> bytes) {
+    for (std::size_t at = 0; at < bytes.size();) {
+        auto const piece = way.borrow();
+        auto const size = std::min(piece.size(), bytes.size() - at);
+        std::memcpy(piece.data(), bytes.data() + at, size);
+        way.write(to, at, piece.first(size));
+        way.give_back(piece);
+        at += size;
+    }
+}
+
+inline std::vector<std::byte> read_all(varve::device_memory& way, std::vector<varve::tensor const*> from) {
+    std::vector<std::byte> out;
+    auto const reader = way.read(std::move(from));
+    for (auto bytes = reader->next(); !bytes.empty(); bytes = reader->next()) out.insert(out.end(), bytes.begin(), bytes.end());
+    BOOST_TEST(reader->next().empty());
+    return out;
+}
 
 }  // namespace varve_test

@@ -1,10 +1,9 @@
 #include <boost/test/unit_test.hpp>
 
-#include <algorithm>
 #include <array>
 #include <chrono>
 
-#include "pinned_training.hpp"
+#include "device_model.hpp"
 #include "varve/scheduling/async.hpp"
 #include "varve/scheduling/layerwise.hpp"
 
@@ -94,24 +93,10 @@ template <class Scheduling>
 void never_mixes_steps(Scheduling scheduling, std::size_t pool_blocks, std::size_t snapshots) {
     split_model model;
     two_streams streams;
-    auto log = std::make_shared<checking_sink::log>();
-    log->delay = 2ms;
-    std::vector<int> expected;
-    {
-        checkpointer<Scheduling> ck(model.state, pinned_staging(pool_blocks * block, block, {.snapshots = snapshots}), scheduling,
-                                    checking_sink(model.state, log));
-        for (std::uint64_t step = 1; step <= mixing_steps(); ++step) {
-            bool const due = step % 3 != 0;
-            if (due) ck.begin(step);
-            for (std::size_t l = 0; l < split_model::layers; ++l) model.update(ck, l, step, streams, due);
-            if (!due) continue;
-            ck.seal({}, streams.order(0));
-            expected.push_back(static_cast<int>(step));
-        }
-        ck.drain();
-    }
-    std::lock_guard lock(log->mutex);
-    BOOST_TEST(log->steps == expected, boost::test_tools::per_element());
+    varve_test::never_mixes_steps(model.state, pinned_staging(pool_blocks * block, block, {.snapshots = snapshots}), scheduling, 2ms,
+                                  streams.order(0), [&](auto& ck, std::uint64_t step, bool saves) {
+                                      for (std::size_t l = 0; l < split_model::layers; ++l) model.update(ck, l, step, streams, saves);
+                                  });
 }
 
 }  // namespace
@@ -142,23 +127,16 @@ BOOST_AUTO_TEST_CASE(bytes_reach_both_gpus_and_come_back_through_a_transfer_of_o
     two_streams streams;
     varve::cuda::transfer way(streams.order(0).stream);
     std::vector<varve::tensor const*> all;
-    std::vector<std::byte> expected, out;
+    std::vector<std::byte> expected;
     for (auto const& layer : model.state.layers)
         for (auto const& t : layer.tensors) {
+            auto const bytes = numbered_bytes(t.size_bytes(), expected.size());
+            write_all(way, t, bytes);
             all.push_back(&t);
-            for (std::size_t at = 0; at < t.size_bytes();) {
-                auto const piece = way.borrow();
-                auto const size = std::min<std::size_t>(piece.size(), t.size_bytes() - at);
-                for (auto& b : piece.first(size)) expected.push_back(b = static_cast<std::byte>(expected.size() * 2654435761u >> 13));
-                way.write(t, at, piece.first(size));
-                way.give_back(piece);
-                at += size;
-            }
+            expected.insert(expected.end(), bytes.begin(), bytes.end());
         }
     way.finish();
-    auto const reader = way.read(all);
-    for (auto bytes = reader->next(); !bytes.empty(); bytes = reader->next()) out.insert(out.end(), bytes.begin(), bytes.end());
-    BOOST_TEST((out == expected));
+    BOOST_TEST((read_all(way, all) == expected));
 }
 
 BOOST_AUTO_TEST_SUITE_END()

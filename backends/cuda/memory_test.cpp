@@ -138,28 +138,15 @@ bool copies_in_pieces(cudaStream_t stream) {
 /// The way of a restore, there and back, and of a reader without one.
 bool transfers(device_model& model, cudaStream_t stream) {
     auto const& t = model.state().layers[0].tensors[0];
-    auto read_all = [&](varve::cuda::transfer& way) {
-        std::vector<std::byte> out;
-        auto const reader = way.read({&t});
-        for (auto read = reader->next(); !read.empty(); read = reader->next()) out.insert(out.end(), read.begin(), read.end());
-        return out;
-    };
     std::vector<std::byte> bytes(t.size_bytes());
     for (std::size_t i = 0; i < bytes.size(); ++i) bytes[i] = static_cast<std::byte>(i * 7);
     try {
         varve::cuda::transfer way(stream);
-        for (std::size_t at = 0; at < bytes.size();) {
-            auto const piece = way.borrow();
-            auto const size = std::min(piece.size(), bytes.size() - at);
-            std::memcpy(piece.data(), bytes.data() + at, size);
-            way.write(t, at, piece.first(size));
-            way.give_back(piece);
-            at += size;
-        }
+        write_all(way, t, bytes);
         way.finish();
-        BOOST_TEST((bytes == read_all(way)));
+        BOOST_TEST((bytes == read_all(way, {&t})));
         varve::cuda::transfer back(stream);
-        BOOST_TEST((bytes == read_all(back)));
+        BOOST_TEST((bytes == read_all(back, {&t})));
         return true;
     } catch (varve::error const& e) {
         BOOST_TEST(out_of_memory(e.code()), e.what());

@@ -19,31 +19,9 @@ using namespace std::chrono_literals;
 using varve::cuda::pinned_staging;
 constexpr std::size_t block = varve::block_unit_bytes;
 
-/// Every third step without a save, updates that take the GPU a while, a sink that takes its time.
 template <class Scheduling>
 void never_mixes_steps(Scheduling scheduling, std::size_t pool_blocks, std::size_t snapshots, cudaStream_t stream, std::chrono::milliseconds delay) {
-    device_model model;
-    auto log = std::make_shared<checking_sink::log>();
-    log->delay = delay;
-    std::vector<int> expected;
-    {
-        checkpointer<Scheduling> ck(model.state(), pinned_staging(pool_blocks * block, block, {.snapshots = snapshots}), scheduling,
-                                    checking_sink(model.state(), log));
-        for (std::uint64_t step = 1; step <= mixing_steps(); ++step) {
-            if (step % 3 == 0) {
-                for (std::size_t l = 0; l < model.layers(); ++l) {
-                    ck.before_update(l, {stream});
-                    model.update(l, step, stream, true);
-                }
-                continue;
-            }
-            train_step(ck, model, step, stream, true);
-            expected.push_back(static_cast<int>(step));
-        }
-        ck.drain();
-    }
-    std::lock_guard lock(log->mutex);
-    BOOST_TEST(log->steps == expected, boost::test_tools::per_element());
+    varve_test::never_mixes_steps(pinned_staging(pool_blocks * block, block, {.snapshots = snapshots}), scheduling, stream, delay);
 }
 
 template <class Scheduling>
@@ -228,8 +206,7 @@ BOOST_AUTO_TEST_CASE(a_save_that_is_replaced_gives_its_snapshot_to_the_next) {
 BOOST_AUTO_TEST_CASE(a_copy_in_pieces_is_whole_and_behind_what_was_taken) {
     if (!have_gpu()) return;
     constexpr std::size_t size = (std::size_t{28} << 20) + 9, first = 3, copied = (std::size_t{20} << 20) + 5, place = 4097;
-    std::vector<std::byte> bytes(size);
-    for (std::size_t i = 0; i < size; ++i) bytes[i] = static_cast<std::byte>(i * 2654435761u >> 13);
+    auto const bytes = numbered_bytes(size);
     device_bytes memory(size), source(size);
     expect(::cudaMemcpy(source.data, bytes.data(), size, cudaMemcpyDefault));
     settle();
@@ -294,20 +271,11 @@ BOOST_AUTO_TEST_CASE(a_copy_of_the_trainings_gets_through_while_a_snapshot_is_on
 
 BOOST_AUTO_TEST_CASE(strided_tensors_arrive_in_row_major_order_also_from_a_snapshot) {
     if (!have_gpu()) return;
-    constexpr std::int64_t rows = 1500, columns = 1001;
-    std::vector<std::int16_t> values(rows * columns), expected;
-    for (std::size_t i = 0; i < values.size(); ++i) values[i] = static_cast<std::int16_t>(i * 31);
-    for (std::int64_t c = 0; c < columns; ++c)
-        for (std::int64_t r = 0; r < rows; ++r) expected.push_back(values[static_cast<std::size_t>(r * columns + c)]);
-    device_bytes memory(values.size() * 2);
-    expect(::cudaMemcpy(memory.data, values.data(), memory.size, cudaMemcpyDefault));
-    settle();
+    turned_matrix const turned(1500, 1001);
     std::uint8_t odd[3] = {1, 2, 3};
     for (std::size_t snapshots : {0, 1}) {
         varve::state s;
-        s.layers.push_back({"l",
-                            {{"a_odd", varve::dtype::U8, {3}, odd, {}},
-                             {"turned", varve::dtype::I16, {columns, rows}, memory.data, {1, columns}, varve::memory_kind::device}}});
+        s.layers.push_back({"l", {{"a_odd", varve::dtype::U8, {3}, odd, {}}, turned.tensor}});
         varve::memory_sink sink;
         varve::checkpointer<pinned_staging, varve::async<1>, varve::memory_sink> ck(s, pinned_staging(block, block, {.snapshots = snapshots}), {},
                                                                                     sink);
@@ -316,7 +284,7 @@ BOOST_AUTO_TEST_CASE(strided_tensors_arrive_in_row_major_order_also_from_a_snaps
         auto bytes = sink.newest();
         for (auto const& placed : img.tensors)
             if (s.layers[0].tensors[placed.tensor].name == "turned")
-                BOOST_TEST(std::memcmp(bytes->data() + placed.offset_bytes, expected.data(), expected.size() * 2) == 0);
+                BOOST_TEST(std::memcmp(bytes->data() + placed.offset_bytes, turned.expected.data(), turned.expected.size()) == 0);
     }
 }
 

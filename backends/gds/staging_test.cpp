@@ -43,32 +43,9 @@ std::vector<std::byte> fetch(std::byte const* data, std::size_t size) {
     return out;
 }
 
-/// Every third step without a save, updates that take the GPU a while, a sink that takes its time.
 template <class Scheduling>
 void never_mixes_steps(Scheduling scheduling, std::size_t pool_blocks, std::size_t snapshots, cudaStream_t stream, std::chrono::milliseconds delay) {
-    device_model model;
-    auto log = std::make_shared<checking_sink::log>();
-    log->delay = delay;
-    std::vector<int> expected;
-    {
-        checkpointer<Scheduling> ck(model.state(), staging(pool_blocks * block, block, {.snapshots = snapshots}), scheduling,
-                                    checking_sink(model.state(), log));
-        for (std::uint64_t step = 1; step <= mixing_steps(); ++step) {
-            bool const saves = step % 3 != 0;
-            if (saves) ck.begin(step);
-            for (std::size_t l = 0; l < model.layers(); ++l) {
-                ck.before_update(l, {stream});
-                model.update(l, step, stream, true);
-                if (saves) ck.layer_ready(l, {stream});
-            }
-            if (!saves) continue;
-            ck.seal({}, {stream});
-            expected.push_back(static_cast<int>(step));
-        }
-        ck.drain();
-    }
-    std::lock_guard lock(log->mutex);
-    BOOST_TEST(log->steps == expected, boost::test_tools::per_element());
+    varve_test::never_mixes_steps(staging(pool_blocks * block, block, {.snapshots = snapshots}), scheduling, stream, delay);
 }
 
 template <class Scheduling>
