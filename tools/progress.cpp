@@ -14,25 +14,9 @@
 
 namespace varve::tool {
 
-void progress::step(std::uint64_t step, std::uint64_t steps, float loss) {
-    if (!terminal_) return;
-    std::lock_guard lock(mutex_);
-    err_ << "\r\033[K" << label_ << "  step " << step << " of " << steps << ", loss " << short_number(static_cast<double>(loss), 4) << std::flush;
-    drawn_ = true;
-}
-
-void progress::line(std::string const& text) {
-    std::lock_guard lock(mutex_);
-    clear();
-    err_ << label_ << "  " << text << '\n' << std::flush;
-}
-
-void progress::clear() {
-    if (drawn_) err_ << "\r\033[K" << std::flush;
-    drawn_ = false;
-}
-
 namespace {
+
+constexpr char const* clear_line = "\r\033[K";
 
 /// By all of the process's reads, of whatever; 0 where the kernel does not say.
 std::uint64_t bytes_read() {
@@ -45,9 +29,28 @@ std::uint64_t bytes_read() {
 
 }  // namespace
 
+void progress::step(std::uint64_t step, std::uint64_t steps, float loss) {
+    if (!terminal_) return;
+    std::lock_guard lock(mutex_);
+    err_ << clear_line << label_ << "  step " << step << " of " << steps << ", loss " << short_number(static_cast<double>(loss), 4) << std::flush;
+    drawn_ = true;
+}
+
+void progress::line(std::string const& text) {
+    std::lock_guard lock(mutex_);
+    clear();
+    err_ << label_ << "  " << text << '\n' << std::flush;
+}
+
+void progress::clear() {
+    if (drawn_) err_ << clear_line << std::flush;
+    drawn_ = false;
+}
+
 reading_progress::reading_progress(std::ostream& err, std::string what, std::uint64_t total_bytes, bool terminal, std::chrono::milliseconds quiet) {
+    if (!terminal) return;
     auto const before = bytes_read();
-    if (!terminal || before == 0) return;
+    if (before == 0) return;
     auto draw = [&err, what = std::move(what), total_bytes, quiet, before](std::stop_token stop) {
         std::mutex mutex;
         std::condition_variable_any stopped;
@@ -56,10 +59,10 @@ reading_progress::reading_progress(std::ostream& err, std::string what, std::uin
         if (!sleeps(quiet)) return;
         do {
             auto const read = bytes_read() - before;
-            err << "\r\033[K" << what << "  "
+            err << clear_line << what << "  "
                 << (total_bytes > 0 ? size_text(std::min(read, total_bytes)) + " of " + size_text(total_bytes) : size_text(read)) << std::flush;
         } while (sleeps(std::chrono::milliseconds(200)));
-        err << "\r\033[K" << std::flush;
+        err << clear_line << std::flush;
     };
     try {
         thread_ = std::jthread(std::move(draw));

@@ -39,9 +39,11 @@ struct source {
 
 source open_source(std::filesystem::path const& path, bool verify, std::ostream& err) {
     source out{path, open_checkpoint(path)};
-    std::error_code ignored;
-    reading_progress shown(err, "checks " + detail::printable(path.string()), std::filesystem::file_size(path, ignored));
-    if (verify) at_path(path, [&] { format_of(out.file->fd())->verify(out.file->fd(), reading_workers()); });
+    if (!verify) return out;
+    at_path(path, [&] {
+        reading_progress shown(err, "checks " + detail::printable(path.string()), out.file->file_bytes());
+        format_of(out.file->fd())->verify(out.file->fd(), reading_workers());
+    });
     return out;
 }
 
