@@ -155,16 +155,15 @@ run_bench() {
     pairs-large50)
         loop_pairs pairs-large50 500 "${large[@]}" --num-steps 100 --checkpoint-freq 50 --methods layerwise "$staging+async+io_uring" || status=1
         ;;
-    pairs-every-step)
-        loop_pairs pairs-every-step-standard 250 "${standard[@]}" --num-steps 10 --checkpoint-freq 1 --when-busy replace \
-            --methods "$staging+async+io_uring" layerwise || status=1
-        loop_pairs pairs-every-step-large 250 "${large[@]}" --num-steps 20 --checkpoint-freq 1 --when-busy replace \
-            --methods "$staging+async+io_uring" layerwise || status=1
-        ;;
-    pairs-monitor) # each is crash-safe, the disk gets what it can take
-        [[ -n $(runnable layerwise-monitor) ]] || { say "  no monitor in this build"; return 1; }
-        loop_pairs pairs-monitor 250 "${standard[@]}" --use-monitor --num-steps 10 --checkpoint-freq 1 --when-busy replace \
-            --methods "$staging+async+io_uring" layerwise || status=1
+    pairs-every-step | pairs-monitor)
+        more=(--checkpoint-freq 1 --when-busy replace --methods "$staging+async+io_uring" layerwise)
+        if [[ $name == pairs-monitor ]]; then # each is crash-safe, the disk gets what it can take
+            [[ -n $(runnable layerwise-monitor) ]] || { say "  no monitor in this build"; return 1; }
+            loop_pairs pairs-monitor 250 "${standard[@]}" --use-monitor --num-steps 10 "${more[@]}" || status=1
+        else
+            loop_pairs pairs-every-step-standard 250 "${standard[@]}" --num-steps 10 "${more[@]}" || status=1
+            loop_pairs pairs-every-step-large 250 "${large[@]}" --num-steps 20 "${more[@]}" || status=1
+        fi
         ;;
     scenarios)
         more=()
