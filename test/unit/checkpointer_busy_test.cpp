@@ -50,7 +50,7 @@ BOOST_FIXTURE_TEST_CASE(the_newest_that_waits_gives_way_when_told_to, held_up_ru
     auto first = train_step(ck, model, 1), second = train_step(ck, model, 2);
     BOOST_TEST(!second.staged().wait());
     auto third = train_step(ck, model, 3);
-    BOOST_TEST(third.taken());
+    BOOST_TEST_REQUIRE(third.taken());
     BOOST_CHECK(second.durable().wait() == errc::replaced);
     control->open_gate();
     BOOST_TEST(!first.durable().wait());

@@ -118,9 +118,7 @@ public:
             [[maybe_unused]] typename line_type::snapshot_type free;
             std::lock_guard lock(line_.mutex);
             for (auto const& job : line_.jobs)
-                if (job->sealed && job->place == turn::waiting && !job->error &&
-                    (job->by_snapshot || (job->copied && job->blocks_staged == blocks())))
-                    victim = job;
+                if (job->sealed && job->place == turn::waiting && !job->error && (job->by_snapshot || job->blocks_staged == blocks())) victim = job;
             if (!victim) return false;
             line_.lose(*victim, errc::replaced, held, free);
         }
