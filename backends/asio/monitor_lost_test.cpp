@@ -6,6 +6,7 @@
 #include <chrono>
 #include <functional>
 #include <future>
+#include <stdexcept>
 #include <thread>
 
 #include "fake_monitors_trainer.hpp"
@@ -47,6 +48,49 @@ BOOST_FIXTURE_TEST_CASE(a_monitor_that_dies_fails_what_is_in_flight_and_the_next
     BOOST_TEST(save.begin.save > lost.begin.save);
     c->finish(save, 2);
     BOOST_TEST(!second.durable().wait_for(20s));
+}
+
+BOOST_FIXTURE_TEST_CASE(a_run_that_begins_with_a_monitor_that_ends_goes_on_with_the_next, at_socket) {
+    trainer t(monitor, 3);
+    std::atomic<int> spawned = 0;
+    t.options.respawn = [&] {
+        monitor.listen();
+        ++spawned;
+    };
+    auto made = std::async(std::launch::async, [&] { t.make(); });
+    auto c = monitor.accept();
+    c->expect<wire::hello>();
+    c->say(wire::refusal{errc::cancelled, "the monitor is ending"});
+    c = monitor.accept();
+    c->expect<wire::hello>();
+    monitor.die();
+    c.reset();
+    for (int i = 0; i < 20'000 && spawned == 0; ++i) std::this_thread::sleep_for(1ms);
+    c = monitor.accept();
+    t.hello = c->greet();
+    made.get();
+    BOOST_TEST(spawned == 1);
+    auto ticket = t.save(1);
+    auto const save = c->take_save(t.hello);
+    c->finish(save, 1);
+    BOOST_TEST(!ticket.durable().wait_for(20s));
+    BOOST_TEST(t.holds(save.image, 1));
+}
+
+BOOST_FIXTURE_TEST_CASE(a_run_that_begins_without_a_monitor_is_told_so, at_socket) {
+    trainer t(monitor, 3);
+    auto made = std::async(std::launch::async, [&] { t.make(); });
+    auto c = monitor.accept();
+    c->expect<wire::hello>();
+    c.reset();
+    BOOST_CHECK_EXCEPTION(made.get(), varve::error, [](auto const& e) { return e.code() == errc::monitor_lost; });
+    // Refused for what it is: not tried again.
+    t.options.respawn = [] { throw std::logic_error("nobody has died"); };
+    made = std::async(std::launch::async, [&] { t.make(); });
+    c = monitor.accept();
+    c->expect<wire::hello>();
+    c->say(wire::refusal{errc::mismatch, "another model"});
+    BOOST_CHECK_EXCEPTION(made.get(), varve::error, [](auto const& e) { return e.code() == errc::mismatch; });
 }
 
 BOOST_FIXTURE_TEST_CASE(without_a_monitor_saves_fail_and_training_goes_on, at_socket) {

@@ -73,8 +73,21 @@ void relay::introduce(relayed_run const& run) {
     hello_.wait_until_prepared = options_.files.wait_until_prepared;
     if (by_reference_)
         for (auto const& r : options_.pool->regions()) hello_.region_bytes.push_back(r.memory.size());
-    install(greet(reach()));
+    install(greet_first());
     runner_ = std::jthread([this](std::stop_token stop) { this->run(stop); });
+}
+
+/// One that is ending, or dying, may still be reached and welcomes nobody: with `respawn`, the next one is waited for.
+std::shared_ptr<session> relay::greet_first() {
+    for (auto const until = clock::now() + options_.connect_limit;;) {
+        try {
+            return greet(reach());
+        } catch (error const& e) {
+            bool const ends = e.code() == errc::monitor_lost || e.code() == errc::cancelled;
+            if (!ends || !options_.respawn || ending_ || clock::now() >= until) throw;
+        }
+        std::this_thread::sleep_for(between_tries);
+    }
 }
 
 std::unique_ptr<dialogue> relay::try_to_reach() { return std::make_unique<dialogue>(where_, options_.tls, options_.connect_limit, ending_); }

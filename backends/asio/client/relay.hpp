@@ -48,6 +48,7 @@ private:
     std::unique_ptr<dialogue> try_to_reach();
     /// Says hello and makes the connection the current one. Throws what the monitor refuses with.
     std::shared_ptr<session> greet(std::unique_ptr<dialogue> open);
+    std::shared_ptr<session> greet_first();
     void install(std::shared_ptr<session> s);
     void run(std::stop_token stop);
     void settle(session& ended, session::loans loans) noexcept;
