@@ -231,6 +231,31 @@ BOOST_AUTO_TEST_CASE(a_trainer_that_comes_back_is_welcomed_only_after_the_writes
     }
 }
 
+BOOST_AUTO_TEST_CASE(a_trainer_that_went_while_its_store_was_opened_is_not_in_the_next_ones_way) {
+    failing_calls calls;
+    std::atomic<bool> held_up = true;
+    calls.on_open = [&](int) {
+        held_up.wait(true);
+        return 0;
+    };
+    workplace w(true, [&](auto& o) { o.calls = &calls; });
+    auto hello = [](raw_trainer& t) { t.peer.send(t.hello, {t.memory.get()}); };
+    auto first = w.trainer(1);
+    hello(first);
+    BOOST_TEST(w.becomes([](auto const& s) { return s["stores"].size() == 1u; }));
+    first.peer.close();
+    auto next = w.trainer(1);
+    hello(next);
+    // For longer than one is given whose connection has not ended.
+    BOOST_TEST(!next.peer.hears_within(1500ms));
+    held_up = false;
+    held_up.notify_all();
+    BOOST_TEST(next.peer.expect<wire::welcome>().durable_step == 0u);
+    next.save(1, 1);
+    next.peer.expect<wire::durable>();
+    BOOST_TEST(next.holds(w.file(1), 1));
+}
+
 BOOST_AUTO_TEST_CASE(stop_in_mid_write_commits_what_is_crash_safe_and_discards_the_rest) {
     moody_workplace w;
     auto t = w.trainer(2);

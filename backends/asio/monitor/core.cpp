@@ -28,8 +28,8 @@ std::string megabytes(std::uint64_t bytes) { return std::to_string((bytes + 999'
 }  // namespace
 
 core::core(monitor_options options)
-    : options_(std::move(options)), work_(context_.get_executor()), first_trainer_(context_), farewell_(context_),
-      budget_(options_.memory_limit_bytes), lingering_(budget_) {}
+    : options_(std::move(options)), news_(boost::asio::make_strand(context_)), work_(context_.get_executor()), first_trainer_(context_),
+      farewell_(context_), budget_(options_.memory_limit_bytes), lingering_(budget_) {}
 core::~core() = default;
 
 void core::listen() {
@@ -206,10 +206,10 @@ void core::attach_trainer(std::filesystem::path const& path, wire::hello hello, 
     regions.reserve(descriptors.size());
     for (std::size_t i = 0; i < descriptors.size(); ++i) regions.emplace_back(std::move(descriptors[i]), hello.region_bytes[i]);
 
-    // The store is in the map before anything of its thread is carried out here.
+    // The store is in the map before anything of its thread is carried out here, in its order.
     auto in_map = [self = weak_from_this(), path](auto then) {
         if (auto core = self.lock())
-            boost::asio::post(core->context_, [core, path, then = std::move(then)]() mutable {
+            boost::asio::post(core->news_, [core, path, then = std::move(then)]() mutable {
                 std::shared_ptr<held_store> store;
                 {
                     std::lock_guard lock(core->mutex_);
@@ -230,6 +230,7 @@ void core::attach_trainer(std::filesystem::path const& path, wire::hello hello, 
         });
     };
     hooks.tell = call.tell;
+    hooks.still_there = call.still_there;
     hooks.became_durable = [in_map, path](std::uint64_t step, std::uint64_t sequence) {
         in_map([path, step, sequence](core& in, std::shared_ptr<held_store> const&) {
             std::lock_guard lock(in.mutex_);

@@ -2,6 +2,7 @@
 
 #include <boost/asio/io_context.hpp>
 #include <boost/asio/steady_timer.hpp>
+#include <boost/asio/strand.hpp>
 #include <boost/asio/thread_pool.hpp>
 
 #include <cstdint>
@@ -101,6 +102,7 @@ private:
 
     monitor_options const options_;
     boost::asio::io_context context_;
+    boost::asio::strand<boost::asio::io_context::executor_type> const news_;  ///< of the stores' threads
     std::optional<boost::asio::executor_work_guard<boost::asio::io_context::executor_type>> work_;
     std::vector<std::unique_ptr<listener>> listeners_;
     std::vector<address> where_;

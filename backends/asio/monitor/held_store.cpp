@@ -242,7 +242,7 @@ void held_store::trainer_gone(bool keep) {
 
 bool held_store::has_trainer() const {
     std::lock_guard lock(mutex_);
-    return !gone_;
+    return !gone_ && hooks_.still_there();
 }
 
 // ---- what becomes of a save ----

@@ -46,6 +46,7 @@ struct store_hooks {
     std::function<void(opened_store const&)> opened;
     std::function<void(error const&)> not_opened;
     std::function<void(notice)> tell;
+    std::function<bool()> still_there;  ///< whether the trainer's connection is; one that ends before `opened` detaches nothing
     std::function<void(std::uint64_t step, std::uint64_t sequence)> became_durable;
     /// Memory on top of what the store has; nothing where there is no room for it. With no lock held.
     std::function<std::optional<memory_budget::lease>(std::uint64_t bytes)> more_memory;
