@@ -104,7 +104,15 @@ public:
             return;
         }
         found_ = false;
-        start();
+        try {
+            start();
+        } catch (error const&) {
+            // Another run's start may have been under way.
+            if (!is_there()) throw;
+            found_ = true;
+            say_("a monitor is there already: it serves");
+            return;
+        }
         say_("monitor started, process " + std::to_string(child_));
     }
 
