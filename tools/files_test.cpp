@@ -5,11 +5,15 @@
 #include <boost/test/unit_test.hpp>
 
 #include <sys/stat.h>
+#include <chrono>
 #include <cmath>
+#include <condition_variable>
 #include <functional>
 #include <limits>
+#include <mutex>
 #include <nlohmann/json.hpp>
 #include <sstream>
+#include <streambuf>
 #include <thread>
 
 #include "varve/detail/store_folder.hpp"
@@ -51,6 +55,35 @@ outcome run(command call, std::vector<std::string> const& args) {
     o.err = err.str();
     return o;
 }
+
+/// What another thread writes, to be read meanwhile.
+class watched_text : public std::streambuf {
+public:
+    std::string so_far() const {
+        std::lock_guard lock(mutex_);
+        return text_;
+    }
+    bool comes_to_hold(std::string const& part) {
+        std::unique_lock lock(mutex_);
+        return changed_.wait_for(lock, std::chrono::seconds(30), [&] { return text_.find(part) != std::string::npos; });
+    }
+
+private:
+    int_type overflow(int_type c) override {
+        char const one = traits_type::to_char_type(c);
+        return xsputn(&one, 1) == 1 ? c : traits_type::eof();
+    }
+    std::streamsize xsputn(char const* from, std::streamsize count) override {
+        std::lock_guard lock(mutex_);
+        text_.append(from, static_cast<std::size_t>(count));
+        changed_.notify_all();
+        return count;
+    }
+
+    mutable std::mutex mutex_;
+    std::condition_variable changed_;
+    std::string text_;
+};
 
 bool has(std::string const& text, std::string const& part) { return text.find(part) != std::string::npos; }
 auto lines(std::string const& text) { return std::count(text.begin(), text.end(), '\n'); }
@@ -357,23 +390,24 @@ BOOST_AUTO_TEST_CASE(reading_shows_how_far_it_is_on_a_terminal_alone) {
     auto const path = folder.path() / "f";
     write_file(path, std::string(3'000'000, 'x'));
     using namespace std::chrono_literals;
-    auto shown = [&](bool terminal, std::uint64_t total, std::chrono::milliseconds quiet) {
-        std::ostringstream err;
+    // Waits until that is shown; with nothing to wait for, a round of drawing and the next one.
+    auto shown = [&](bool terminal, std::uint64_t total, std::chrono::milliseconds quiet, std::string const& awaited = {}) {
+        watched_text text;
+        std::ostream err(&text);
         {
             tool::reading_progress progress(err, "f", total, terminal, quiet);
             BOOST_TEST(read_file(path).size() == 3'000'000u);
-            // A round of drawing and the next one.
-            std::this_thread::sleep_for(500ms);
+            if (awaited.empty())
+                std::this_thread::sleep_for(500ms);
+            else
+                BOOST_TEST(text.comes_to_hold(awaited), text.so_far());
         }
-        return err.str();
+        return text.so_far();
     };
     BOOST_TEST(shown(false, 3'000'000, 0ms) == "");
-    BOOST_TEST(shown(true, 3'000'000, 10s) == "");
-    auto const of_all = shown(true, 3'000'000, 0ms);
-    BOOST_TEST(of_all.find("f  3.0 MB of 3.0 MB") != std::string::npos, of_all);
-    BOOST_TEST(of_all.ends_with("\r\033[K"));
-    auto const alone = shown(true, 0, 0ms);
-    BOOST_TEST(alone.find("f  3.0 MB") != std::string::npos, alone);
+    BOOST_TEST(shown(true, 3'000'000, 10min) == "");
+    BOOST_TEST(shown(true, 3'000'000, 0ms, "f  3.0 MB of 3.0 MB").ends_with("\r\033[K"));
+    auto const alone = shown(true, 0, 0ms, "f  3.0 MB");
     BOOST_TEST(alone.find(" of ") == std::string::npos, alone);
 }
 

@@ -119,9 +119,11 @@ public:
         std::vector<std::byte> image;
         wire::commit commit;
     };
-    taken take_save(wire::hello const& h, std::uint64_t credit_for_each = 0) {
+    taken take_save(wire::hello const& h, std::uint64_t credit_for_each = 0) { return take_save(expect<wire::begin>(), h, credit_for_each); }
+    /// The same of one that has begun.
+    taken take_save(wire::begin const& begun, wire::hello const& h, std::uint64_t credit_for_each = 0) {
         taken out;
-        out.begin = expect<wire::begin>();
+        out.begin = begun;
         out.image.resize(h.image_bytes);
         for (;;) {
             auto const type = next();

@@ -29,6 +29,7 @@
 
 #include "files.hpp"
 #include "free_port.hpp"
+#include "listens.hpp"
 #include "plain_sinks.hpp"
 #include "scratch_folder.hpp"
 
@@ -124,7 +125,12 @@ struct host {
                             : va::parse_address("tcp:127.0.0.1:" + std::to_string(free_port()))) {}
 
     void start_monitor() {
-        monitor.emplace([this] {
+        // On SIGTERM it ends as it should, from its first moment on.
+        sigset_t set, before;
+        ::sigemptyset(&set);
+        ::sigaddset(&set, SIGTERM);
+        ::pthread_sigmask(SIG_BLOCK, &set, &before);
+        monitor.emplace([this, &set] {
             va::monitor_options o;
             o.dir = folder.path() / "stores";
             o.listen = {where};
@@ -133,11 +139,6 @@ struct host {
             o.peer = peer;
             o.peer_retry = 10ms;
             va::monitor m(o);
-            // On SIGTERM it ends as it should.
-            sigset_t set;
-            ::sigemptyset(&set);
-            ::sigaddset(&set, SIGTERM);
-            ::pthread_sigmask(SIG_BLOCK, &set, nullptr);
             std::jthread ends([&] {
                 int number = 0;
                 ::sigwait(&set, &number);
@@ -152,6 +153,7 @@ struct host {
             });
             m.run();
         });
+        ::pthread_sigmask(SIG_SETMASK, &before, nullptr);
     }
     /// Trains without end from what its monitor has.
     void start_trainer(varve::when_busy busy) {
@@ -314,7 +316,12 @@ BOOST_AUTO_TEST_CASE(a_lost_host_loses_nothing_that_its_peer_had_durable) {
     host there(false), here(true);
     here.peer = there.where;
     random_moments moments;
-    there.start_monitor();
+    // A trainer that asks for a checkpoint while its peer is away is refused.
+    auto const start_there = [&] {
+        there.start_monitor();
+        BOOST_TEST_REQUIRE(becomes([&] { return listens(there.where); }));
+    };
+    start_there();
     std::uint64_t promised = 0;
     for (int round = 0; round < rounds_of_each(); ++round) {
         BOOST_TEST_CONTEXT("round " << round) {
@@ -332,7 +339,7 @@ BOOST_AUTO_TEST_CASE(a_lost_host_loses_nothing_that_its_peer_had_durable) {
                 BOOST_TEST(there.newest_whole() >= here.words->at_peer);
                 auto const durable = here.words->durable.load();
                 BOOST_TEST_REQUIRE(becomes([&] { return here.words->durable > durable; }));
-                there.start_monitor();
+                start_there();
             }
             moments.wait(20);
             here.monitor->kill();

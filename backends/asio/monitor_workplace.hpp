@@ -22,6 +22,8 @@ struct workplace {
         o.listen = {unix_socket ? va::parse_address("unix:" + (folder.path().filename() / "s").string()) : va::parse_address("tcp:127.0.0.1:0")};
         o.memory_limit_bytes = 512u << 20;
         o.linger = 300ms;
+        // No PING comes between what a test counts.
+        o.ping_every = o.silence_limit = 10min;
         change(o);
         monitor.emplace(o);
     }
@@ -34,7 +36,7 @@ struct workplace {
     nlohmann::json status() { return nlohmann::json::parse(monitor->get().status()); }
     /// Waits until the status says so.
     template <class Says>
-    bool becomes(Says says, std::chrono::milliseconds limit = 5s) {
+    bool becomes(Says says, std::chrono::milliseconds limit = 60s) {
         for (auto const until = std::chrono::steady_clock::now() + limit; std::chrono::steady_clock::now() < until; std::this_thread::sleep_for(5ms))
             if (says(status())) return true;
         return false;

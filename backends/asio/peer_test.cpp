@@ -134,13 +134,15 @@ BOOST_AUTO_TEST_CASE(a_peer_that_stalls_holds_up_nothing_and_gets_the_newest_nex
     BOOST_TEST(hello.relayed);
     BOOST_TEST(hello.store == "run");
     saves(t, 1);
+    // By now it reads the file.
+    auto const begun = peer->expect<wire::begin>();
     BOOST_TEST(here.becomes([](auto const& s) { return s["peer"]["stores"][0].value("sending_step", 0) == 1; }));
     // The store lets go of the first four meanwhile, and writes their files again.
     for (std::uint64_t step : {2, 3, 4, 5}) saves(t, step);
     BOOST_TEST(!std::filesystem::exists(here.file(1)));
     BOOST_TEST(here.becomes([](auto const& s) { return s["peer"]["stores"][0].value("step", 0) == 5; }));
     peer->say(wire::credit{1u << 30});
-    auto const first = peer->take_save(hello);
+    auto const first = peer->take_save(begun, hello);
     BOOST_TEST(first.begin.step == 1u);
     t.set(1);
     BOOST_TEST(first.commit.chunk_digests == t.digests(), boost::test_tools::per_element());
@@ -169,10 +171,11 @@ BOOST_AUTO_TEST_CASE(a_peer_that_is_away_is_told_of_once_and_gets_the_newest_whe
     auto t = here.trainer(1);
     t.greet();
     saves(t, 1);
-    std::this_thread::sleep_for(150ms);
+    BOOST_TEST_REQUIRE(here.becomes([&](auto const& s) { return s["peer"]["stores"][0].contains("why") && said > 0; }));
+    std::this_thread::sleep_for(150ms);  // for some tries more
     auto const away = here.status()["peer"]["stores"][0];
-    BOOST_TEST(away["connected"] == false);
-    BOOST_TEST(!away["why"].get<std::string>().empty());
+    BOOST_TEST(away.at("connected") == false);
+    BOOST_TEST(!away.at("why").get<std::string>().empty());
     BOOST_TEST(said == 1);
     for (std::uint64_t step : {2, 3}) saves(t, step);
     // It comes with its trainer gone, too.
@@ -378,7 +381,7 @@ BOOST_AUTO_TEST_CASE(a_monitor_that_ends_waits_for_its_peer_but_not_for_one_that
         connection->expect<wire::begin>();
         auto const since = std::chrono::steady_clock::now();
         here.monitor.reset();
-        BOOST_TEST((std::chrono::steady_clock::now() - since < 3s));
+        BOOST_TEST((std::chrono::steady_clock::now() - since < 20s));
     }
     peer.die();
     workplace here(true, [&](auto& o) { o.peer = peer.where(); });
@@ -388,7 +391,7 @@ BOOST_AUTO_TEST_CASE(a_monitor_that_ends_waits_for_its_peer_but_not_for_one_that
     BOOST_TEST(here.becomes([](auto const& s) { return s["peer"]["stores"][0].contains("why"); }));
     auto const since = std::chrono::steady_clock::now();
     here.monitor.reset();
-    BOOST_TEST((std::chrono::steady_clock::now() - since < 3s));
+    BOOST_TEST((std::chrono::steady_clock::now() - since < 20s));
 }
 
 }  // namespace varve_test

@@ -221,36 +221,44 @@ BOOST_AUTO_TEST_CASE(who_says_nothing_is_let_go_in_time) {
     }
 }
 
-BOOST_AUTO_TEST_CASE(a_peer_over_tcp_that_goes_silent_is_let_go_and_its_store_is_free) {
-    workplace w(false, [](auto& o) {
-        o.ping_every = 50ms;
-        o.silence_limit = 300ms;
-    });
-    auto t = w.trainer(0);
+/// Over TCP it soon misses who is silent; a Unix socket, the second address, is for those that a slow test is not to lose.
+struct impatient_workplace : workplace {
+    impatient_workplace()
+        : workplace(false, [this](auto& o) {
+              o.listen.push_back(va::parse_address("unix:" + (folder.path().filename() / "s").string()));
+              o.ping_every = 50ms;
+              o.silence_limit = 300ms;
+          }) {}
+    raw_trainer patient_trainer() { return {monitor->get().where().at(1), "run", 0}; }
+};
+
+BOOST_FIXTURE_TEST_CASE(a_peer_over_tcp_that_goes_silent_is_let_go_and_its_store_is_free, impatient_workplace) {
+    {
+        auto before = patient_trainer();
+        before.greet();
+        before.save(1, 1);
+        before.peer.expect<wire::durable>();
+    }
+    auto t = trainer(0);
     t.greet();
-    t.save(1, 1);
-    t.peer.expect<wire::durable>();
+    t.set(2);
     t.begin(2, 2);
     t.send_block(2, 0);
     // The socket stays open, as with a peer behind a network that is gone.
-    BOOST_TEST(w.store_is_free());
+    BOOST_TEST(store_is_free());
     BOOST_TEST(has(t.peer.refusal(), "nothing was heard"));
-    BOOST_TEST(t.holds(w.file(1), 1));
+    BOOST_TEST(t.holds(file(1), 1));
 }
 
-BOOST_AUTO_TEST_CASE(a_receiver_that_stalls_holds_up_nobody) {
-    workplace w(false, [](auto& o) {
-        o.ping_every = 50ms;
-        o.silence_limit = 500ms;
-    });
-    auto t = w.trainer(0);
+BOOST_FIXTURE_TEST_CASE(a_receiver_that_stalls_holds_up_nobody, impatient_workplace) {
+    auto t = patient_trainer();
     t.greet();
     for (std::uint64_t i = 1; i <= 2; ++i) {
         t.save(i, i);
         t.peer.expect<wire::durable>();
     }
     // Asks for a checkpoint and reads nothing of it.
-    raw_peer stalled(w.monitor->where());
+    raw_peer stalled(monitor->where());
     wire::hello hello;
     hello.purpose = wire::purpose::fetch;
     hello.store = "run";
@@ -261,7 +269,7 @@ BOOST_AUTO_TEST_CASE(a_receiver_that_stalls_holds_up_nobody) {
     t.peer.expect<wire::durable>();
     auto const others = [&] {
         t.peer.hears_within(10ms);
-        return w.status()["connections"].get<int>();
+        return status()["connections"].get<int>();
     };
     for (int i = 0; i < 300 && others() > 1; ++i) {
         t.save(static_cast<std::uint64_t>(4 + i), static_cast<std::uint64_t>(4 + i));

@@ -19,6 +19,7 @@
 #include <varve/scheduling/sync.hpp>
 #include <varve/staging/host.hpp>
 
+#include "listens.hpp"
 #include "monitor_workplace.hpp"
 #include "plain_sinks.hpp"
 #include "test_certificates.hpp"
@@ -212,7 +213,7 @@ BOOST_AUTO_TEST_CASE(a_monitor_that_dies_is_replaced_and_no_durable_checkpoint_i
             ::_exit(0);
         };
         std::atomic<pid_t> monitor = serve();
-        while (::access(socket.path.c_str(), F_OK) != 0) std::this_thread::sleep_for(1ms);
+        while (!listens(socket)) std::this_thread::sleep_for(1ms);
         varve::asio::monitor_sink_options to;
         to.retry_after = 1ms;
         to.respawn = [&] { monitor = serve(); };

@@ -89,9 +89,10 @@ BOOST_AUTO_TEST_CASE(kills_of_trainer_and_monitor_lose_nothing_over_tcp) {
     std::unique_ptr<running_tool> monitor;
     auto monitor_again = [&] {
         if (monitor && !w.monitors().empty()) return;
+        monitor.reset();  // waits for its end, and its socket's
         monitor = std::make_unique<running_tool>(
             std::vector<std::string>{"monitor", "--dir", w.folder.path().string(), "--tcp", "127.0.0.1:" + port, "--linger", "2"});
-        for (int i = 0; i < 500 && run_tool({"monitor", "--status", "--tcp", "127.0.0.1:" + port}).code != 0; ++i) std::this_thread::sleep_for(10ms);
+        BOOST_TEST_REQUIRE(answers({"--tcp", "127.0.0.1:" + port}));
     };
     kill_and_go_on(w, full() ? 40 : 10, {"--monitor", "tcp:127.0.0.1:" + port}, monitor_again);
     monitor->signal(SIGTERM);
@@ -125,7 +126,7 @@ BOOST_AUTO_TEST_CASE(several_trainers_share_a_monitor_and_its_status_tells_of_th
     workplace w;
     auto const socket = w.folder / "s";
     running_tool monitor({"monitor", "--dir", w.folder.path().string(), "--unix", socket});
-    for (int i = 0; i < 500 && !fs::exists(socket); ++i) std::this_thread::sleep_for(10ms);
+    BOOST_TEST_REQUIRE(answers({"--unix", socket}));
     running_tool one(w.train("one", 1'000'000, {"--monitor", "unix:" + socket})), two(w.train("two", 1'000'000, {"--monitor", "unix:" + socket}));
     BOOST_TEST_REQUIRE(w.comes("one", "durable", 0, 3));
     BOOST_TEST_REQUIRE(w.comes("two", "durable", 0, 3));

@@ -73,7 +73,7 @@ struct workplace {
         return none ? 0 : size;
     }
     bool comes(std::string const& store, std::string const& event, std::uintmax_t from, std::size_t count,
-               std::chrono::milliseconds limit = 30s) const {
+               std::chrono::milliseconds limit = 120s) const {
         for (auto const until = std::chrono::steady_clock::now() + limit; std::chrono::steady_clock::now() < until; std::this_thread::sleep_for(2ms))
             if (steps(store, event, from).size() >= count) return true;
         return false;
@@ -85,6 +85,13 @@ struct workplace {
 inline void trains(std::vector<std::string> const& args) {
     auto const r = run_tool(args);
     BOOST_TEST_REQUIRE(r.code == 0, r.err);
+}
+
+/// Whether a monitor comes to answer there.
+inline bool answers(std::vector<std::string> const& at) {
+    for (int i = 0; i < 500; ++i, std::this_thread::sleep_for(10ms))
+        if (run_tool(joined({"monitor", "--status"}, at)).code == 0) return true;
+    return false;
 }
 
 /// What the two runs' newest checkpoints hold is the same, bit for bit, and each store is whole.

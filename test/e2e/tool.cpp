@@ -83,6 +83,12 @@ bool running_tool::ends_within(std::chrono::milliseconds time) {
     return true;
 }
 
+bool running_tool::comes_to_write_events(fs::path const& file) {
+    while (!fs::exists(file) || read_events(file).size() < 2)
+        if (ends_within(std::chrono::milliseconds(50))) return false;
+    return true;
+}
+
 outcome running_tool::wait() {
     collect(0);
     return {WIFSIGNALED(status_) ? 128 + WTERMSIG(status_) : WEXITSTATUS(status_), read_text(out_), read_text(err_)};

@@ -29,6 +29,8 @@ public:
     void signal(int number) const;
     /// Whether it ended within that time.
     bool ends_within(std::chrono::milliseconds time);
+    /// Waits until it has written two events there; false where it ends before.
+    bool comes_to_write_events(std::filesystem::path const& file);
     outcome wait();
 
 private:

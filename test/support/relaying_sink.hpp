@@ -46,10 +46,14 @@ public:
     }
     void say_crash_safe(std::size_t n, std::error_code ec = {}) { answer(n, &save::crash_safe, ec); }
     void say_durable(std::size_t n, std::error_code ec = {}) { answer(n, &save::durable, ec); }
-    void end_loans(std::size_t n) {
-        std::vector<varve::loan> loans;
+    /// Waits until the n-th save has lent that many blocks.
+    bool has_loans(std::size_t n, std::size_t count) {
+        std::unique_lock lock(mutex);
+        return changed.wait_for(lock, std::chrono::seconds(30), [&] { return saves.size() > n && saves[n]->loans.size() >= count; });
+    }
+    std::vector<varve::loan> take_loans(std::size_t n) {
         std::lock_guard lock(mutex);
-        loans.swap(saves.at(n)->loans);
+        return std::exchange(saves.at(n)->loans, {});
     }
     std::size_t loans(std::size_t n) {
         std::lock_guard lock(mutex);
@@ -99,6 +103,7 @@ public:
                 if (!ec) std::memcpy(save_->bytes.data() + offset, b.data, b.size_bytes);
                 if (!ec && to_->keeps_loans) save_->loans.push_back(std::move(l));
             }
+            to_->changed.notify_all();
             done(ec);
         }
         std::error_code sync() noexcept { return varve::errc::unsupported; }

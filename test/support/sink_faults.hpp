@@ -240,7 +240,8 @@ public:
                     }
                 });
         }
-        for (int i = 0; i < 6000 && came <= count; ++i) std::this_thread::sleep_for(std::chrono::milliseconds(10));
+        // Without a limit: writes under way use what is on this stack.
+        while (came <= count) std::this_thread::sleep_for(std::chrono::milliseconds(1));
         std::this_thread::sleep_for(std::chrono::milliseconds(5));
         BOOST_TEST(came == count + 1);
         BOOST_TEST(failed == 0u);

@@ -1,7 +1,6 @@
 #include <boost/test/unit_test.hpp>
 
 #include <chrono>
-#include <future>
 #include <thread>
 #include <vector>
 
@@ -33,39 +32,19 @@ BOOST_AUTO_TEST_CASE(what_is_on_loan_is_not_filled_again_until_it_comes_back) {
     to->say_durable(0);
     BOOST_TEST(!first.durable().wait_for(30s));
     // A durable save's target is gone, but a receiver may keep loans for longer.
-    std::vector<varve::loan> kept;
-    auto second = [&] {
-        std::optional<varve::ticket> t;
-        std::jthread later([&] {
-            for (int i = 0; i < 30'000; ++i) {
-                {
-                    std::lock_guard lock(to->mutex);
-                    if (to->saves.size() == 2 && to->saves[1]->loans.size() == per_save) {
-                        kept.swap(to->saves[1]->loans);
-                        return;
-                    }
-                }
-                std::this_thread::sleep_for(1ms);
-            }
-        });
-        t = r.save(2);
-        return *t;
-    }();
+    auto second = r.save(2);
     BOOST_REQUIRE(to->was_handed(1));
+    auto kept = to->take_loans(1);
+    BOOST_TEST(kept.size() == per_save);
     to->say_crash_safe(1);
     to->say_durable(1);
     BOOST_TEST(!second.durable().wait_for(30s));
-    BOOST_TEST(kept.size() == per_save);
     // One block is left of four: the third save's first block is staged, and no more.
     r.checkpointer->begin(3);
     auto third = r.checkpointer->seal();
+    BOOST_REQUIRE(to->has_loans(2, 1));
     BOOST_TEST(third.staged().wait_for(50ms) == timed_out);
     kept.clear();
-    to->end_loans(2);
-    for (int i = 0; i < 3000 && !third.staged().ready(); ++i) {
-        to->end_loans(2);
-        std::this_thread::sleep_for(1ms);
-    }
     BOOST_TEST(!third.staged().wait_for(30s));
     BOOST_REQUIRE(to->was_handed(2));
     to->say_crash_safe(2);
@@ -81,10 +60,7 @@ BOOST_AUTO_TEST_CASE(loans_outlive_the_checkpointer_and_its_staging) {
         run r({}, 4, varve::async<1>{}, to);
         r.save(1);
         BOOST_REQUIRE(to->was_handed(0));
-        {
-            std::lock_guard lock(to->mutex);
-            kept.swap(to->saves[0]->loans);
-        }
+        kept = to->take_loans(0);
         to->say_crash_safe(0);
         to->say_durable(0);
     }

@@ -157,7 +157,7 @@ BOOST_AUTO_TEST_CASE(with_replace_a_save_leaves_the_window_when_it_is_crash_safe
     BOOST_TEST(!first.crash_safe().wait_for(30s));
     // The window is left a moment after the ticket says so.
     varve::ticket third = r.save(3);
-    for (int i = 0; i < 1000 && !third.taken(); ++i) {
+    for (int i = 0; i < 30'000 && !third.taken(); ++i) {
         std::this_thread::sleep_for(1ms);
         third = r.save(3);
     }

@@ -163,6 +163,7 @@ void never_mixes_steps(Scheduling scheduling, std::size_t pool_blocks, std::size
         checkpointer<Scheduling> ck(model.state(), {pool_blocks * block, block, snapshots}, scheduling, plain_file_sink(control), dir.path(),
                                     quick_store(1000));
         for (std::uint64_t step = 1; step <= steps; ++step) train_step(ck, model, step, step % 3 != 0);
+        ck.drain();
     }
     checkpointer<Scheduling> ck(model.state(), {block, block, 0}, scheduling, plain_file_sink(control), dir.path(), quick_store(1000));
     auto saved = ck.files().checkpoints();
@@ -214,11 +215,7 @@ BOOST_AUTO_TEST_CASE(a_save_that_is_replaced_gives_its_snapshot_to_the_next) {
     options.busy = varve::when_busy::replace;
     checkpointer<varve::async<2>> ck(model.state(), {2 * block, block, 2}, {}, plain_file_sink(control), dir.path(), quick_store(1000), options);
     std::vector<varve::ticket> tickets;
-    for (std::uint64_t step = 1; step <= 6; ++step) {
-        tickets.push_back(train_step(ck, model, step));
-        // The first is being written by now.
-        if (step == 1) std::this_thread::sleep_for(50ms);
-    }
+    for (std::uint64_t step = 1; step <= 6; ++step) tickets.push_back(train_step(ck, model, step));
     control->open_gate();
     ck.drain();
     BOOST_TEST(!tickets.front().durable().wait());
@@ -237,7 +234,7 @@ BOOST_AUTO_TEST_CASE(a_save_that_gives_way_at_every_step_leaves_the_next_one_its
     options.busy = varve::when_busy::replace;
     checkpointer<varve::layerwise<2>> ck(model.state(), {16 * block, block, 2}, {}, plain_file_sink(control), dir.path(), quick_store(1000), options);
     varve::ticket last = train_step(ck, model, 1);
-    std::this_thread::sleep_for(50ms);
+    BOOST_TEST_REQUIRE(!last.staged().wait());
     auto const of_the_first = ck.staging().copies_from_snapshots();
     BOOST_TEST(of_the_first > 0);
     for (std::uint64_t step = 2; step <= 50; ++step) last = train_step(ck, model, step);
