@@ -152,16 +152,21 @@ public:
     /// A checkpoint that turns out not to be whole is reported by broken() and the one before it is taken. Throws
     /// errc::mismatch for another model, and errc::no_checkpoint, the tensors being undefined, when none is left.
     std::optional<restored_checkpoint> restore(state& s, std::optional<std::uint64_t> step, restore_options const& options) {
-        auto candidates = checkpoints();
-        if (step) std::erase_if(candidates, [&](auto const& c) { return c.step != *step; });
         bool touched = false;
-        for (auto const& candidate : candidates) {
+        for (std::vector<stored_checkpoint> candidates = candidates_for(step); !candidates.empty();) {
+            auto const candidate = std::move(candidates.front());
+            candidates.erase(candidates.begin());
             try {
                 auto fd = open(candidate.name);
                 auto identity = detail::restore_file(format_, fd.get(), s, options, touched);
                 if (s.restored) s.restored();
                 return restored_checkpoint{identity.step, identity.sequence, path() / candidate.name, identity.metadata};
             } catch (error const& e) {
+                if (e.code() == std::errc::no_such_file_or_directory && !counts(candidate)) {
+                    // Let go since it was looked up: by a save that was in flight, which is newer.
+                    candidates = candidates_for(step);
+                    continue;
+                }
                 if (!detail::tells_of_the_file(e.code())) throw;
                 std::lock_guard lock(mutex_);
                 broken_.push_back({candidate.name, e.what()});
@@ -177,6 +182,17 @@ public:
 
 private:
     static std::string undefined_if(bool touched) { return touched ? "; the tensors are undefined" : ""; }
+
+    std::vector<stored_checkpoint> candidates_for(std::optional<std::uint64_t> step) const {
+        auto candidates = checkpoints();
+        if (step) std::erase_if(candidates, [&](auto const& c) { return c.step != *step; });
+        return candidates;
+    }
+    bool counts(stored_checkpoint const& c) const {
+        std::lock_guard lock(mutex_);
+        return std::any_of(checkpoints_.begin(), checkpoints_.end(),
+                           [&](auto const& other) { return other.name == c.name && other.sequence == c.sequence; });
+    }
 
     file_descriptor open(std::string const& name) {
         file_descriptor fd(calls_.openat(folder_.get(), name.c_str(), O_RDONLY | O_NONBLOCK, 0), calls_);

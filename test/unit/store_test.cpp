@@ -37,8 +37,10 @@ public:
     std::vector<std::string> log;
     std::map<std::string, int> fail;  ///< call -> errno
     std::map<int, std::string> names;
+    std::function<void()> before_open;  ///< of the next one
 
     int openat(int folder, char const* name, int flags, mode_t mode) override {
+        if (before_open) std::exchange(before_open, nullptr)();
         int fd = system_calls::openat(folder, name, flags, mode);
         if (fd >= 0) names[fd] = name;
         return fd;
@@ -324,6 +326,17 @@ BOOST_AUTO_TEST_CASE(a_mark_that_another_writer_wrote_meanwhile_stays_as_it_is) 
     BOOST_TEST((std::string((std::istreambuf_iterator<char>(f)), {}) == text));
 }
 
+BOOST_AUTO_TEST_CASE(a_mark_of_another_version_is_refused_whatever_its_size) {
+    for (std::string const version : {"2", "4294967297", "18446744073709551615", "0", "-1", "-9223372036854775807"}) {
+        temporary_folder dir;
+        std::ofstream(dir.path() / ".varve") << R"({"varve_store": )" << version << "}";
+        BOOST_CHECK_EXCEPTION(run(dir.path()), varve::error, [&](varve::error const& e) {
+            return e.code() == errc::not_a_store &&
+                   (version[0] == '0' || version[0] == '-' || std::string(e.what()).find(version) != std::string::npos);
+        });
+    }
+}
+
 BOOST_AUTO_TEST_CASE(a_mark_that_is_no_file_keeps_nobody_waiting) {
     temporary_folder dir;
     BOOST_TEST(::mkfifo((dir.path() / ".varve").c_str(), 0600) == 0);
@@ -411,6 +424,29 @@ BOOST_AUTO_TEST_CASE(a_checkpoint_that_breaks_while_the_store_is_open_gives_way_
     BOOST_TEST(r.ck.restore()->step == 1u);
     BOOST_TEST(r.model.is_of(1));
     BOOST_TEST(r.ck.files().broken().front().name == name_of(2));
+}
+
+BOOST_AUTO_TEST_CASE(a_checkpoint_that_is_let_go_while_a_restore_begins_gives_way_to_the_newest) {
+    temporary_folder dir;
+    recording_calls calls;
+    run r(dir.path(), options_with(&calls), calls);
+    auto two_more = [&](std::uint64_t step) {
+        return [&r, step] {
+            BOOST_TEST(!r.save(step));
+            BOOST_TEST(!r.save(step + 1));
+        };
+    };
+    two_more(1)();
+    calls.before_open = two_more(3);
+    BOOST_TEST(r.ck.files().restore(r.model.state(), {}, {})->step == 4u);
+    BOOST_TEST(r.model.is_of(4));
+    calls.before_open = two_more(5);
+    BOOST_CHECK_EXCEPTION(r.ck.files().restore(r.model.state(), 4, {}), varve::error, has_code(errc::no_checkpoint));
+    BOOST_TEST(r.ck.files().broken().empty());
+    // One that somebody else took away is broken, and the one before it is taken.
+    fs::remove(dir.path() / name_of(6));
+    BOOST_TEST(r.ck.files().restore(r.model.state(), {}, {})->step == 5u);
+    BOOST_TEST(r.ck.files().broken().front().name == name_of(6));
 }
 
 BOOST_AUTO_TEST_CASE(a_restore_that_fails_says_whether_tensors_may_have_changed) {

@@ -7,6 +7,7 @@
 #include <mutex>
 #include <new>
 #include <stop_token>
+#include <system_error>
 #include <utility>
 #include <vector>
 
@@ -53,7 +54,7 @@ public:
                 lock.lock();
                 continue;
             }
-            if (job->next_part > 0 || open_block(*job, lock)) copy_parts(job, lock);
+            if (job->next_part > 0 || open_block(job, lock)) copy_parts(job, lock);
         }
     }
 
@@ -107,21 +108,26 @@ private:
     }
 
     /// Waits for a buffer for the save's next block; false if the save is lost or the pipeline closes.
-    bool open_block(job_type& job, std::unique_lock<std::mutex>& lock) {
+    bool open_block(job_ptr const& job, std::unique_lock<std::mutex>& lock) {
         lock.unlock();
         writer_.hand_on_turns();
-        // Here, and not at begin: fresh memory costs the training thread a page fault for each 4 KiB.
-        if (job.next_block == 0) job.chunk_digests.resize(chunk_count(line_.layout.data_bytes()));
-        auto buffer = staging_.acquire(line_.cancel.get_token());
+        typename Staging::buffer_type buffer{};
+        try {
+            // Here, and not at begin: fresh memory costs the training thread a page fault for each 4 KiB.
+            if (job->next_block == 0) job->chunk_digests.resize(chunk_count(line_.layout.data_bytes()));
+            buffer = staging_.acquire(line_.cancel.get_token());
+        } catch (std::bad_alloc const&) {
+            line_.abandon(job, std::make_error_code(std::errc::not_enough_memory));
+        }
         lock.lock();
-        if (!buffer || job.error) return false;
-        auto& block = job.blocks[job.next_block];
-        block.job = &job;
-        block.index = job.next_block;
+        if (!buffer || job->error) return false;
+        auto& block = job->blocks[job->next_block];
+        block.job = job.get();
+        block.index = job->next_block;
         block.buffer = std::move(buffer);
         block.open_ends = 2;
-        ++job.open_blocks;
-        job.filling = true;
+        ++job->open_blocks;
+        job->filling = true;
         return true;
     }
 

@@ -2,7 +2,9 @@
 
 #include <dirent.h>
 #include <fcntl.h>
+#include <sys/file.h>
 #include <sys/stat.h>
+#include <unistd.h>
 #include <cerrno>
 #include <cstddef>
 #include <cstdint>
@@ -85,12 +87,12 @@ inline std::optional<store_mark> read_mark(int folder, std::filesystem::path con
     if (text.empty()) return std::nullopt;
     auto json = nlohmann::json::parse(text, nullptr, false);
     if (!json.is_object() || !json.contains("varve_store") || !json["varve_store"].is_number_integer()) refuse();
-    store_mark mark{json["varve_store"].get<int>(),
-                    json.contains("made_by") && json["made_by"].is_string() ? json["made_by"].get<std::string>() : ""};
-    if (mark.version > store_version)
-        throw error(errc::not_a_store, shown.string() + ": a store of version " + std::to_string(mark.version) + ", this varve knows " +
+    auto const& version = json["varve_store"];
+    if (version.get<double>() < 1) refuse();
+    if (version.get<double>() > store_version)  // of any size
+        throw error(errc::not_a_store, shown.string() + ": a store of version " + version.dump() + ", this varve knows " +
                                            std::to_string(store_version) + "; use a newer varve");
-    return mark;
+    return store_mark{version.get<int>(), json.contains("made_by") && json["made_by"].is_string() ? json["made_by"].get<std::string>() : ""};
 }
 
 inline int fsync_file(system_calls& calls, int fd) noexcept {
@@ -118,6 +120,13 @@ public:
         // Whoever wrote it may have died before it was durable: checkpoints beside a mark that a power cut empties are in no store.
         if (fsync_file(*calls_, mark_.get()) != 0) throw_if(last_system_error(errno), path_.string() + ": cannot make the store's mark durable");
         throw_if(sync(), path_.string() + ": cannot make the store's mark durable");
+    }
+
+    store_folder(store_folder const&) = delete;
+    store_folder& operator=(store_folder const&) = delete;
+    /// A process that was forked meanwhile has the lock's file open too: it is given back, not only closed.
+    ~store_folder() {
+        if (mark_ && owner_ == ::getpid()) calls_->flock(mark_.get(), LOCK_UN);
     }
 
     int get() const noexcept { return folder_.get(); }
@@ -179,6 +188,7 @@ private:
     std::filesystem::path path_;
     file_descriptor folder_;
     file_descriptor mark_;
+    pid_t const owner_ = ::getpid();
 };
 
 }  // namespace varve::detail
