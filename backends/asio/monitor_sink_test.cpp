@@ -89,6 +89,33 @@ BOOST_AUTO_TEST_CASE(over_tcp_blocks_and_digests_are_sent_within_the_credit) {
     BOOST_TEST(!ticket.durable().wait_for(20s));
 }
 
+BOOST_AUTO_TEST_CASE(the_last_message_of_a_save_does_not_wait_behind_the_blocks_of_the_next) {
+    // A monitor whose memory is full lets nothing go before the save that fills it is whole.
+    fake_monitor monitor;
+    trainer t(monitor, 8, false);
+    t.checkpointer_options.writing_at_once = 2;
+    auto const data_bytes = varve::safetensors().lay_out(t.model.state()).data_bytes();
+    wire::welcome w;
+    w.credit_bytes = data_bytes - 1;
+    auto const c = t.start(w);
+    auto first = t.save(1), second = t.save(2);
+    BOOST_TEST(!second.staged().wait_for(20s));
+    std::this_thread::sleep_for(100ms);  // for its blocks to be where they wait to be sent
+    c->say(wire::credit{1});
+    auto const save = c->take_save(t.hello);
+    BOOST_TEST(save.begin.step == 1u);
+    t.model.update(1);
+    BOOST_TEST(t.holds(save.image, 1));
+    c->say(wire::credit{data_bytes});
+    c->finish(save, 1);
+    auto const next = c->take_save(t.hello);
+    BOOST_TEST(next.begin.step == 2u);
+    t.model.update(2);
+    BOOST_TEST(t.holds(next.image, 2));
+    c->finish(next, 2);
+    for (auto const& ticket : {first, second}) BOOST_TEST(!ticket.durable().wait_for(20s));
+}
+
 BOOST_AUTO_TEST_CASE(a_monitor_that_gives_no_credit_gets_no_more_bytes_but_is_answered) {
     fake_monitor monitor;
     trainer t(monitor, 8, false);

@@ -181,12 +181,9 @@ void relay::cancel(std::chrono::milliseconds goodbye) noexcept {
 
 std::shared_ptr<relayed_save> relay::open(std::uint64_t step) {
     auto const s = connected();
-    std::uint64_t id = 0;
-    {
-        std::lock_guard lock(mutex_);
-        id = next_save_++;
-    }
-    return s->begin(id, step);
+    // The monitor takes them in the order of their numbers.
+    std::lock_guard beginning(beginning_);
+    return s->begin(next_save_++, step);
 }
 
 void relay::run(std::stop_token stop) {

@@ -72,6 +72,7 @@ private:
     std::condition_variable_any changed_;
     std::shared_ptr<session> current_;
     session const* settled_ = nullptr;  ///< the last one whose loans have all ended, or are kept for good
+    std::mutex beginning_;
     std::uint64_t next_save_ = 0;
     std::jthread runner_;
 };

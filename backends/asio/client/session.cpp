@@ -64,8 +64,7 @@ void session::finish(std::chrono::milliseconds limit) noexcept {
     // What is posted to a connection that has ended would keep it for ever.
     if (lost_) return;
     try {
-        auto last = outgoing_of(wire::goodbye{});
-        queue_.push_back(std::move(last));
+        last_ = outgoing_of(wire::goodbye{});
         finishing_ = true;
         boost::asio::post(dialogue_->context(), [self = shared_from_this(), limit] {
             self->end_.expires_after(limit);
@@ -97,7 +96,7 @@ std::shared_ptr<relayed_save> session::begin(std::uint64_t id, std::uint64_t ste
     }
     std::vector<outgoing> items;
     items.push_back(outgoing_of(wire::begin{id, step}));
-    if (enqueue(std::move(items))) return save;
+    if (enqueue(id, std::move(items))) return save;
     forget(id);
     throw error(errc::monitor_lost, "the monitor is lost: " + why_lost());
 }
@@ -145,21 +144,21 @@ bool session::send(std::uint64_t id, std::uint64_t offset_bytes, block const& b,
     }
     items.back().done = done;
     items.back().kept = std::move(kept);
-    return enqueue(std::move(items));
+    return enqueue(id, std::move(items));
 }
 
 bool session::commit(std::uint64_t id, commit_values const& values, std::span<std::uint64_t const> chunk_digests) {
     std::vector<outgoing> items;
     items.push_back(outgoing_of(wire::commit{id, values.metadata, {chunk_digests.begin(), chunk_digests.end()}}));
     saw_commit_ = true;
-    return enqueue(std::move(items));
+    return enqueue(id, std::move(items), true);
 }
 
 void session::abandon(std::uint64_t id) noexcept {
     try {
         std::vector<outgoing> items;
         items.push_back(outgoing_of(wire::abandon{id}));
-        enqueue(std::move(items));
+        enqueue(id, std::move(items), true);
     } catch (std::exception const&) {
         // The monitor discards it with the connection at the latest.
     }
@@ -172,6 +171,12 @@ void session::forget(std::uint64_t id) noexcept {
         gone = std::move(it->second);
         saves_.erase(it);
     }
+    // Its last word may have come from the monitor: then nobody says another.
+    if (auto it = payloads_.find(id); it != payloads_.end() && !std::exchange(it->second.ended, true)) try {
+            wake_locked();
+        } catch (std::exception const&) {
+            // With what is queued next, or the next credit.
+        }
 }
 
 template <class Message>
@@ -182,15 +187,39 @@ session::outgoing session::outgoing_of(Message const& m, std::span<std::byte con
     return out;
 }
 
-bool session::enqueue(std::vector<outgoing> items, bool first) {
+bool session::enqueue(std::vector<outgoing> items) {
     std::lock_guard lock(mutex_);
     if (lost_) return false;
-    if (first)
-        queue_.insert(queue_.begin(), std::make_move_iterator(items.begin()), std::make_move_iterator(items.end()));
-    else
-        queue_.insert(queue_.end(), std::make_move_iterator(items.begin()), std::make_move_iterator(items.end()));
+    queue_.insert(queue_.end(), std::make_move_iterator(items.begin()), std::make_move_iterator(items.end()));
     wake_locked();
     return true;
+}
+
+bool session::enqueue(std::uint64_t id, std::vector<outgoing> items, bool ends) {
+    if (!settings_.regions.empty()) return enqueue(std::move(items));
+    std::lock_guard lock(mutex_);
+    if (lost_) return false;
+    auto& of = payloads_[id];
+    of.queue.insert(of.queue.end(), std::make_move_iterator(items.begin()), std::make_move_iterator(items.end()));
+    of.ended = of.ended || ends || !saves_.contains(id);
+    wake_locked();
+    return true;
+}
+
+/// What goes out next, null where nothing may yet.
+session::outgoing* session::next_locked() {
+    if (!queue_.empty()) return &queue_.front();
+    while (!payloads_.empty()) {
+        auto& [id, oldest] = *payloads_.begin();
+        if (!oldest.queue.empty()) return oldest.queue.front().behind.size() <= credit_ ? &oldest.queue.front() : nullptr;
+        if (!oldest.ended) break;
+        payloads_.erase(payloads_.begin());
+    }
+    return last_ && nothing_queued_locked() ? &*last_ : nullptr;
+}
+
+bool session::nothing_queued_locked() const {
+    return queue_.empty() && std::all_of(payloads_.begin(), payloads_.end(), [](auto const& p) { return p.second.queue.empty(); });
 }
 
 void session::wake_locked() {
@@ -210,16 +239,21 @@ void session::pump() {
     {
         std::lock_guard lock(mutex_);
         if (lost_) return;
-        while (!queue_.empty() && writing_.size() < most_at_once) {
-            auto& next = queue_.front();
-            if (next.behind.size() > credit_) break;
-            credit_ -= next.behind.size();
-            wire::set_number(next.head, next_number_++);
-            writing_.push_back(std::move(next));
-            queue_.pop_front();
+        while (writing_.size() < most_at_once) {
+            auto* const next = next_locked();
+            if (!next) break;
+            credit_ -= next->behind.size();
+            wire::set_number(next->head, next_number_++);
+            writing_.push_back(std::move(*next));
+            if (last_ && next == &*last_)
+                last_.reset();
+            else if (!queue_.empty())
+                queue_.pop_front();
+            else
+                payloads_.begin()->second.queue.pop_front();
         }
         // What is on loan is waited for: the monitor ends the connection when it has let go.
-        over = writing_.empty() && finishing_ && queue_.empty() && loans_.empty();
+        over = writing_.empty() && finishing_ && !last_ && nothing_queued_locked() && loans_.empty();
     }
     if (over) return lose("the trainer has ended");
     if (writing_.empty()) return;
@@ -298,7 +332,7 @@ void session::take(wire::message type, std::span<std::byte const> payload) {
             pings_ = true;
             std::vector<outgoing> items;
             items.push_back(outgoing_of(wire::pong{}));
-            enqueue(std::move(items), true);
+            enqueue(std::move(items));
         } else if constexpr (std::same_as<Message, wire::refusal>) {
             lose(m.text, !settings_.regions.empty());
         } else {
@@ -326,6 +360,7 @@ void session::watch_silence() {
 /// Left open, it is only listened to from then on: see await_end().
 void session::lose(std::string const& why, bool leave_open) noexcept {
     std::deque<outgoing> unsent;
+    std::map<std::uint64_t, payload> unsent_payloads;
     std::map<std::uint64_t, std::shared_ptr<relayed_save>> waiting;
     {
         std::lock_guard lock(mutex_);
@@ -335,6 +370,7 @@ void session::lose(std::string const& why, bool leave_open) noexcept {
         } catch (std::bad_alloc const&) {
         }
         unsent.swap(queue_);
+        unsent_payloads.swap(payloads_);
         waiting.swap(saves_);
     }
     left_open_ = leave_open;
@@ -346,6 +382,9 @@ void session::lose(std::string const& why, bool leave_open) noexcept {
     end_.cancel();
     for (auto const& o : unsent)
         if (o.done.done) o.done(errc::monitor_lost);
+    for (auto const& [id, of] : unsent_payloads)
+        for (auto const& o : of.queue)
+            if (o.done.done) o.done(errc::monitor_lost);
     for (auto const& [id, save] : waiting) save->failed(errc::monitor_lost);
 }
 

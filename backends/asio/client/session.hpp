@@ -80,7 +80,11 @@ private:
     template <class Message>
     static outgoing outgoing_of(Message const& m, std::span<std::byte const> behind = {});
     /// False where the connection is lost.
-    bool enqueue(std::vector<outgoing> items, bool first = false);
+    bool enqueue(std::vector<outgoing> items);
+    /// What belongs to a save: its BEGIN, its blocks, and at last, `ends`, its COMMIT or ABANDON.
+    bool enqueue(std::uint64_t id, std::vector<outgoing> items, bool ends = false);
+    outgoing* next_locked();
+    bool nothing_queued_locked() const;
     void wake_locked();
     std::error_code lend(std::uint64_t id, std::uint64_t offset_bytes, block const& b, loan kept);
     bool send(std::uint64_t id, std::uint64_t offset_bytes, block const& b, completion done, loan kept);
@@ -99,8 +103,17 @@ private:
     std::uint64_t next_number_;  ///< of the frames sent; the running thread's
     std::vector<outgoing> writing_;
 
+    /// Blocks that are sent need credit, which comes back when a save before them is committed: they wait for its last message, not
+    /// the other way round.
+    struct payload {
+        std::deque<outgoing> queue{};
+        bool ended = false;
+    };
+
     mutable std::mutex mutex_;
-    std::deque<outgoing> queue_;
+    std::deque<outgoing> queue_;                 ///< what goes out at once
+    std::map<std::uint64_t, payload> payloads_;  ///< of saves whose blocks are sent, the oldest first
+    std::optional<outgoing> last_;               ///< GOODBYE, behind everything
     std::uint64_t credit_;
     bool woken_ = false, finishing_ = false, lost_ = false, pings_ = false;
     std::string why_;

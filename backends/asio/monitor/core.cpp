@@ -262,6 +262,17 @@ void core::attach_trainer(std::filesystem::path const& path, wire::hello hello, 
     first_trainer_.cancel();
 }
 
+memory_budget::lease core::lend(std::uint64_t bytes) {
+    std::lock_guard lock(mutex_);
+    lingering_.make_room({}, bytes);
+    auto lease = budget_.take(bytes);
+    if (!lease)
+        throw error(std::make_error_code(std::errc::not_enough_memory),
+                    "a message of " + megabytes(bytes) + " is more than the monitor may hold beside what it has: " + megabytes(budget_.used_bytes()) +
+                        " of " + megabytes(budget_.limit_bytes()));
+    return std::move(*lease);
+}
+
 /// With the mutex held.
 memory_budget::lease core::take_memory(std::filesystem::path const& path, wire::hello const& hello) {
     std::uint64_t least = 0, most = 0;

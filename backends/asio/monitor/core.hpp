@@ -71,6 +71,8 @@ public:
     /// The trainer's connection has ended; `farewell` where it said so.
     void detach(std::shared_ptr<held_store> const& store, bool farewell);
     void ended(session* s);
+    /// Memory for a large message. Throws std::errc::not_enough_memory.
+    memory_budget::lease lend(std::uint64_t bytes);
 
     /// Nothing where there is no such checkpoint. `store` is what HELLO said; `held` the trainer's own, or null.
     std::optional<found_image> find(std::string const& store, bool over_network, held_store const* held, wire::fetch const& what);

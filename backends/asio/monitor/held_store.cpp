@@ -12,12 +12,14 @@ namespace {
 
 [[noreturn]] void refuse(std::string const& why) { throw error(errc::malformed, "malformed message: " + why); }
 
-constexpr std::uint64_t most_data = std::uint64_t{1} << 42;  ///< what 16 MiB of digests stand for
+constexpr std::uint64_t most_data = wire::most_checkpoint_bytes;
 constexpr std::uint64_t most_block_bytes = wire::most_region_bytes;
 constexpr std::size_t most_in_flight = 1024;
 
 /// Saves that may be on their way to here at once, whatever a trainer says.
 constexpr std::size_t most_saves = most_in_flight + 16;
+/// What their tables may take where the trainer's memory is less.
+constexpr std::uint64_t least_for_tables = 64u << 20;
 
 state state_of(wire::hello const& m) {
     state s;
@@ -92,9 +94,12 @@ void held_store::take(wire::begin const& m) {
     std::lock_guard lock(mutex_);
     if (last_id_ && m.save <= *last_id_) refuse("the save " + std::to_string(m.save) + " was begun before");
     if (m.step == 0 || m.step > varve::detail::last_step) refuse("a save of step " + std::to_string(m.step));
-    if (saves_.size() >= most_saves) refuse("too many saves at once");
+    // Each has a digest and a mark for every chunk, whatever of it comes.
+    auto const chunks = varve::detail::chunk_count(image_.data_bytes());
+    auto const most = std::min<std::uint64_t>(most_saves, 1 + std::max(lease_.bytes(), least_for_tables) / (chunks * 9 + 1));
+    if (saves_.size() >= most) refuse("too many saves at once");
     last_id_ = m.save;
-    saves_.push_back(std::make_shared<held_save>(*this, m.save, m.step, varve::detail::chunk_count(image_.data_bytes())));
+    saves_.push_back(std::make_shared<held_save>(*this, m.save, m.step, chunks));
 }
 
 /// Null for one that has ended here already, which the trainer had no way to know.

@@ -93,6 +93,7 @@ public:
 
     std::filesystem::path const& path() const noexcept { return path_; }
     wire::hello const& trained() const noexcept { return hello_; }
+    std::uint64_t digests_bytes() const noexcept { return varve::detail::chunk_count(image_.data_bytes()) * sizeof(std::uint64_t); }
     std::vector<stored_checkpoint> checkpoints() const;
     void describe(nlohmann::json& out) const;
 

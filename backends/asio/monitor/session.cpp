@@ -88,8 +88,11 @@ bool session::take_frame() {
         begin_data(*head_);
         return !place_;
     }
+    if (head_->type == wire::message::commit && head_->payload_bytes > wire::most_control_bytes + trainers().digests_bytes())
+        refuse("a commit of " + std::to_string(head_->payload_bytes) + " bytes");
     if (left().size() < head_->payload_bytes) {
         if (head_->payload_bytes <= buffer_.size() - wire::header_bytes) return false;
+        if (head_->type == wire::message::hello) hello_memory_ = core_->lend(head_->payload_bytes);
         payload_.assign(left().begin(), left().end());
         begin_ = end_;
         read_payload();
@@ -117,6 +120,7 @@ void session::read_payload() {
             auto const payload = std::exchange(self->payload_, {});
             auto const type = std::exchange(self->head_, std::nullopt)->type;
             self->take_message(type, payload);
+            self->hello_memory_ = {};
             self->take_frames();
         });
     });

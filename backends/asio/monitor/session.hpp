@@ -93,6 +93,7 @@ private:
     std::size_t begin_ = 0, end_ = 0;
     std::optional<wire::frame_header> head_;  ///< of the frame whose payload is being read
     std::vector<std::byte> payload_;
+    memory_budget::lease hello_memory_;
     std::optional<held_store::place> place_;  ///< where the payload goes, where it is a block
     std::size_t placed_ = 0;
     bool reading_ = false;

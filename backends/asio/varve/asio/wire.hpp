@@ -13,6 +13,7 @@
 
 #include "varve/asio/detail/wire_fields.hpp"
 #include "varve/checkpointer_options.hpp"
+#include "varve/image.hpp"
 #include "varve/state.hpp"
 #include "varve/store.hpp"
 
@@ -28,7 +29,10 @@ inline constexpr std::uint32_t version = 1;
 inline constexpr std::size_t header_bytes = 24;
 inline constexpr std::size_t most_control_bytes = 16u << 20;
 inline constexpr std::size_t most_hello_bytes = 128u << 20;
-inline constexpr std::size_t most_data_bytes = 64u << 20;  ///< of a block or piece that travels as payload
+inline constexpr std::size_t most_data_bytes = 64u << 20;                       ///< of a block or piece that travels as payload
+inline constexpr std::uint64_t most_checkpoint_bytes = std::uint64_t{1} << 42;  ///< of its tensors
+/// A digest for each chunk of the largest; a monitor takes no more than the run's checkpoints have.
+inline constexpr std::size_t most_commit_bytes = most_control_bytes + most_checkpoint_bytes / digest_chunk_bytes * sizeof(std::uint64_t);
 inline constexpr std::uint64_t most_region_bytes = std::uint64_t{1} << 30;
 
 enum class message : std::uint16_t {
@@ -273,6 +277,7 @@ constexpr peer sender_of(message type) noexcept { return type < message::welcome
 constexpr std::size_t most_payload_bytes(message type) noexcept {
     switch (type) {
     case message::hello: return most_hello_bytes;
+    case message::commit: return most_commit_bytes;
     case message::block_data: return most_data_bytes + 16;
     case message::image_data: return most_data_bytes + 8;
     default: return most_control_bytes;
