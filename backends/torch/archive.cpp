@@ -194,9 +194,10 @@ private:
         for (auto const& t : state_.layers.back().tensors) {
             if (!t.name.starts_with(prefix)) continue;
             pickle_.text(std::string_view(t.name).substr(prefix.size()));
-            if (t.shape.empty() && t.type == dtype::I64)
+            bool const scalar = t.shape.empty() && t.memory != memory_kind::device;
+            if (scalar && t.type == dtype::I64)
                 pickle_.integer(value<std::int64_t>(t));
-            else if (t.shape.empty() && t.type == dtype::F64)
+            else if (scalar && t.type == dtype::F64)
                 pickle_.real(value<double>(t));
             else
                 put_tensor(t);

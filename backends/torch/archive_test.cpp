@@ -4,6 +4,7 @@
 
 #include <fcntl.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <unistd.h>
 #include <cstdlib>
 #include <optional>
@@ -203,7 +204,15 @@ BOOST_AUTO_TEST_CASE(hostile_records_are_refused) {
                               R"([["model.frozen","U8",[16],"varve/digest"]])", R"([["a","F32",[1000000],""]])",
                               R"([["a","I64",[],"data/0"],["b","I64",[],"data/0"]])", R"([["a","F32",[9223372036854775807,9],""]])"})
         BOOST_TEST(restoring(index) == errc::malformed, index);
-    BOOST_TEST(restoring(std::string(200'000, '[')) == errc::malformed);
+    // Refused before they cost a parser much more than their size.
+    struct rusage before{}, after{};
+    ::getrusage(RUSAGE_SELF, &before);
+    std::string const deep(15u << 20, '[');
+    BOOST_TEST(restoring(deep) == errc::malformed);
+    memory_file with_deep(archive_with({{"varve/step", "1"}, {"varve/sequence", "1"}, {"varve/metadata", deep}}));
+    BOOST_TEST(code_of([&] { archive_reader().identify(with_deep.fd()); }) == errc::malformed);
+    ::getrusage(RUSAGE_SELF, &after);
+    BOOST_TEST(after.ru_maxrss - before.ru_maxrss < 400'000);  // kB; it was 1.3 GB
     BOOST_TEST(restoring("[]") == errc::mismatch);
     BOOST_TEST(restoring(R"([["user.epoch","I64",[],"=0000000000000000"],["user.epoch","I64",[],"=0000000000000000"]])") == errc::mismatch);
     memory_file without(archive_with({{"varve/step", "1"}}));

@@ -101,7 +101,7 @@ private:
         checkpoint_identity out;
         out.step = count(fd, directory, detail::step_record);
         out.sequence = count(fd, directory, detail::sequence_record);
-        auto const metadata = nlohmann::json::parse(detail::text_record(fd, directory, detail::metadata_record), nullptr, false);
+        auto const metadata = detail::json_record(fd, directory, detail::metadata_record, 1);
         if (!metadata.is_object()) detail::refuse_file("its record varve/metadata is no JSON object");
         for (auto const& [key, value] : metadata.items()) {
             if (!value.is_string()) detail::refuse_file("its record varve/metadata has something else than strings");

@@ -44,6 +44,32 @@ inline std::string text_record(int fd, zip_directory const& directory, std::stri
     return text;
 }
 
+/// Whether brackets stand in more than `most` others. A parser takes a hundred bytes for each of them.
+inline bool nests_deeper(std::string_view json, int most) {
+    bool in_string = false;
+    int depth = 0;
+    for (std::size_t i = 0; i < json.size(); ++i) {
+        char const c = json[i];
+        if (in_string) {
+            if (c == '\\') ++i;
+            in_string = c != '"';
+        } else if (c == '"') {
+            in_string = true;
+        } else if (c == '[' || c == '{') {
+            if (++depth > most) return true;
+        } else if (c == ']' || c == '}') {
+            --depth;
+        }
+    }
+    return false;
+}
+
+/// A record of JSON; discarded where it is none, or has more than `depth` levels.
+inline nlohmann::json json_record(int fd, zip_directory const& directory, std::string_view name, int depth) {
+    auto const text = text_record(fd, directory, name);
+    return nests_deeper(text, depth) ? nlohmann::json(nlohmann::json::value_t::discarded) : nlohmann::json::parse(text, nullptr, false);
+}
+
 inline std::string hex_bytes(std::span<std::byte const> bytes) {
     std::string out;
     for (auto b : bytes) {
@@ -80,7 +106,7 @@ struct indexed_tensor {
 /// tensors' the same, or the bytes themselves in hex behind a `=` (scalars, which Python has as numbers), or empty (zeros, of no more
 /// bytes in all than the file has: a parameter's momentum before the first update). Throws errc::malformed for one that breaks these rules.
 inline std::vector<indexed_tensor> read_index(int fd, zip_directory const& directory) {
-    auto const json = nlohmann::json::parse(text_record(fd, directory, index_record), nullptr, false);
+    auto const json = json_record(fd, directory, index_record, 3);
     auto refuse = [] { refuse_file("its record varve/tensors is not a list of tensors"); };
     if (!json.is_array()) refuse();
     std::vector<indexed_tensor> out;
