@@ -15,8 +15,8 @@
 
 namespace varve::tool {
 
-/// A file that appears under its name only when it is whole and durable: until commit() it has another name, and it is
-/// gone if commit() is never called.
+/// A file that appears under its name only when it is whole and durable: until commit() it has no name, or where the file system
+/// cannot do that another one, and it is gone if commit() is never called.
 class atomic_file {
 public:
     /// Throws varve::error.
@@ -25,7 +25,11 @@ public:
         folder_ = file_descriptor(::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC), system_calls::kernel());
         if (!folder_) fail(folder);
         name_ = path_.filename().string();
-        temporary_ = ".varve-" + std::to_string(::getpid()) + ".partial";
+        struct stat there{};
+        if (::fstatat(folder_.get(), name_.c_str(), &there, 0) == 0 && S_ISDIR(there.st_mode)) errno = EISDIR, fail(path_);
+        fd_ = file_descriptor(::openat(folder_.get(), ".", O_RDWR | O_TMPFILE | O_CLOEXEC, 0666), system_calls::kernel());
+        if (fd_) return;
+        temporary_ = another_name();
         fd_ = file_descriptor(::openat(folder_.get(), temporary_.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0666), system_calls::kernel());
         if (!fd_) fail(path_);
     }
@@ -47,12 +51,19 @@ public:
     }
 
     void commit() {
-        if (::fdatasync(fd_.get()) != 0 || ::renameat(folder_.get(), temporary_.c_str(), folder_.get(), name_.c_str()) != 0) fail(path_);
+        if (::fdatasync(fd_.get()) != 0) fail(path_);
+        if (temporary_.empty()) {
+            temporary_ = another_name();
+            auto const open = "/proc/self/fd/" + std::to_string(fd_.get());
+            if (::linkat(AT_FDCWD, open.c_str(), folder_.get(), temporary_.c_str(), AT_SYMLINK_FOLLOW) != 0) fail(path_);
+        }
+        if (::renameat(folder_.get(), temporary_.c_str(), folder_.get(), name_.c_str()) != 0) fail(path_);
         temporary_.clear();
         if (::fsync(folder_.get()) != 0) fail(path_);
     }
 
 private:
+    static std::string another_name() { return ".varve-" + std::to_string(::getpid()) + ".partial"; }
     [[noreturn]] static void fail(std::filesystem::path const& where) {
         auto code = last_system_error(errno);
         throw error(code, "cannot write " + detail::printable(where.string()) + ": " + code.message());
@@ -60,7 +71,7 @@ private:
 
     std::filesystem::path path_;
     std::string name_;
-    std::string temporary_;
+    std::string temporary_;  ///< empty: it has none
     file_descriptor folder_;
     file_descriptor fd_;
 };

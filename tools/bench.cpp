@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <exception>
 #include <ostream>
+#include <stdexcept>
 
 #include <nlohmann/json.hpp>
 
@@ -28,6 +30,11 @@ namespace {
 
 using json = nlohmann::json;
 
+/// A method's process ended without a result.
+struct method_failed : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
 /// One comparison from its first process to its result file.
 class bench_comparison {
 public:
@@ -49,15 +56,24 @@ public:
             if (has_files(m)) prepare_bench_store(store_of(m));
         if (!plan_.title.empty()) err_ << plan_.title << '\n' << std::flush;
 
-        for (std::uint64_t repeat = 0; repeat < settings_.run.repeat; ++repeat) {
+        // What was measured is not lost to the method that fails behind it.
+        std::exception_ptr failure;
+        for (std::uint64_t repeat = 0; repeat < settings_.run.repeat && !failure; ++repeat) {
             for (auto& m : methods_) {
                 settle_disk(checkpoints);
                 if (stop_signals::requested()) throw interrupted("stopped before " + m.name + "; no result was written");
-                run_method(m, repeat);
+                try {
+                    run_method(m, repeat);
+                } catch (method_failed const&) {
+                    failure = std::current_exception();
+                    break;
+                }
                 // Between the runs, so that it sees the disk in the state in which they see it.
                 if (m.name == "none") measure_disk(checkpoints);
             }
         }
+        std::erase_if(methods_, [](auto const& m) { return m.runs.empty(); });
+        if (failure && methods_.size() < 2) std::rethrow_exception(failure);
         auto const compared = compare_runs(methods_, best_write_);
         json document;
         document["results"] = compared.results;
@@ -72,7 +88,6 @@ public:
         if (!limits_.is_null()) document["limits"] = limits_;
         document["started"] = started;
         document["version"] = VARVE_VERSION;
-        auto const path = write_result(output, plan_.suffix, document);
         if (made && !settings_.run.keep_checkpoints) {
             std::error_code ignored;  // somebody may have put something there
             std::filesystem::remove(checkpoints, ignored);
@@ -80,8 +95,10 @@ public:
         std::vector<std::string> order;
         for (auto const& m : methods_) order.push_back(m.result_key);
         if (!plan_.title.empty()) out_ << plan_.title << '\n';
-        out_ << comparison_table(compared.results, order) << "result: " << path.string() << std::endl;
+        out_ << comparison_table(compared.results, order) << std::flush;
+        out_ << "result: " << write_result(output, plan_.suffix, document).string() << std::endl;
         for (auto const& fault : compared.faults) err_ << "varve bench: " << fault << '\n';
+        if (failure) std::rethrow_exception(failure);
         return compared.faults.empty();
     }
 
@@ -100,14 +117,14 @@ private:
                               (has_files(m) ? ", its checkpoints are in " + store_of(m).string() : ""));
         auto run = json::parse(child.output, nullptr, false);
         if (child.exit_code != 0 || run.is_discarded()) {
-            if (child.signal == 9) throw std::runtime_error(label + " was killed: out of memory, as a rule; take a smaller model or --pool-size-mb");
-            if (child.signal != 0) throw std::runtime_error(label + " ended with signal " + std::to_string(child.signal));
+            if (child.signal == 9) throw method_failed(label + " was killed: out of memory, as a rule; take a smaller model or --pool-size-mb");
+            if (child.signal != 0) throw method_failed(label + " ended with signal " + std::to_string(child.signal));
             if (run.is_object() && run.contains("_error")) {
                 auto const why = label + ": " + run["_error"].get<std::string>();
                 if (child.exit_code == 2) throw usage_error(why);
-                throw std::runtime_error(why);
+                throw method_failed(why);
             }
-            throw std::runtime_error(label + " failed with exit code " + std::to_string(child.exit_code));
+            throw method_failed(label + " failed with exit code " + std::to_string(child.exit_code));
         }
         summarise(label, run);
         m.runs.push_back(std::move(run));

@@ -118,6 +118,9 @@ private:
         m.dir = store_;
         m.made_by = "varve bench";
         m.measure_waits = true;
+        // No more files are written ahead than checkpoints will be.
+        m.keep =
+            std::min(m.keep, static_cast<std::size_t>(std::max<std::uint64_t>(1, settings_.training.num_steps / settings_.training.checkpoint_freq)));
         if (!prepare) m.prepare = prepare_mode::none;
         m.wait_for_preparation = prepare;
         if (monitor_) m.monitor = monitor_->use();

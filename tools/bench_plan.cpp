@@ -20,13 +20,6 @@ void check_methods(settings const& s) {
         if (name != "none") runnable_method(name);
 }
 
-void check_memory(settings const& s) {
-    auto const needed = estimated_training_bytes(s), usable = usable_memory_bytes();
-    if (needed > usable)
-        throw usage_error("training this model takes about " + gb(double(needed)) + " of memory and " + gb(double(usable)) +
-                          " can be used; take a smaller --d-model, --num-layers, --vocab-size or --batch-size");
-}
-
 bool runnable(std::string_view name) {
     auto const& all = methods();
     return std::any_of(all.begin(), all.end(), [&](auto const& m) { return m.name == name && m.missing.empty(); });
@@ -74,7 +67,12 @@ std::string describe_pool(settings const& s) {
         auto const pool =
             s.run.pool_size_mb ? s.run.pool_size_mb * 1'000'000 : default_pool_bytes(estimated_checkpoint_bytes(s), place, busy_mode(s));
         auto const most = usable_memory_bytes() / 4;
-        return gb(double(std::min(pool, most))) + (most < pool ? " (a quarter of the usable memory)" : "");
+        auto const taken = std::min(pool, most);
+        auto const images = std::max<std::uint64_t>(1, taken / std::max<std::uint64_t>(1, estimated_checkpoint_bytes(s)));
+        return gb(double(taken)) + (most < pool ? " (a quarter of the usable memory)" : "") +
+               (place == pool_place::host && images < s.pccheck.max_async
+                    ? ", room for " + std::to_string(images) + (images == 1 ? " save" : " saves") + " in flight"
+                    : "");
     };
     std::string out;
     if (without) out = of(chosen_device(s) == "cuda" ? pool_place::gpu : pool_place::host);
@@ -83,6 +81,13 @@ std::string describe_pool(settings const& s) {
 }
 
 }  // namespace
+
+void check_memory(settings const& s) {
+    auto const needed = estimated_training_bytes(s), usable = usable_memory_bytes();
+    if (needed > usable)
+        throw usage_error("training this model takes about " + gb(double(needed)) + " of memory and " + gb(double(usable)) +
+                          " can be used; take a smaller --d-model, --num-layers, --vocab-size or --batch-size");
+}
 
 std::vector<planned_comparison> plan_bench(given_settings const& given, std::string const& scenario, std::vector<std::string>& notes) {
     std::vector<planned_comparison> plan;

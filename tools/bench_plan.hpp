@@ -18,6 +18,9 @@ struct planned_comparison {
 /// left out and why.
 std::vector<planned_comparison> plan_bench(given_settings const& given, std::string const& scenario, std::vector<std::string>& notes);
 
+/// Throws usage_error for a model whose training takes more memory than can be used.
+void check_memory(settings const& s);
+
 /// What --dry-run prints.
 std::string describe_plan(std::vector<planned_comparison> const& plan);
 

@@ -1,9 +1,16 @@
 #include "bench_store.hpp"
 
 #include <fcntl.h>
+#include <sys/file.h>
 #include <unistd.h>
 #include <cerrno>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <utility>
 
+#include "varve/detail/store_folder.hpp"
+#include "varve/detail/text.hpp"
 #include "varve/error.hpp"
 #include "varve/store.hpp"
 #include "varve/system.hpp"
@@ -16,11 +23,19 @@ file_descriptor open_folder(std::filesystem::path const& dir) {
     return {::open(dir.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC), system_calls::kernel()};
 }
 
-bool is_ours(std::filesystem::path const& dir) {
-    auto const folder = open_folder(dir);
-    if (!folder) return false;
-    auto const mark = detail::read_mark(folder.get(), dir);
-    return mark && mark->made_by == "varve bench";
+constexpr std::string_view bench_name = "varve bench", train_name = "varve train";
+static_assert(bench_name.size() == train_name.size());
+
+bool is_ours(file_descriptor const& folder, std::filesystem::path const& dir) {
+    auto const mark = folder ? detail::read_mark(folder.get(), dir) : std::nullopt;
+    return mark && mark->made_by == bench_name;
+}
+
+/// The store's mark, locked as its writer locks it; not open where there is none, or `busy` where somebody writes the store.
+file_descriptor locked_mark(file_descriptor const& folder, bool& busy) {
+    file_descriptor mark(::openat(folder.get(), detail::mark_name.data(), O_RDWR | O_NONBLOCK | O_CLOEXEC), system_calls::kernel());
+    busy = mark && ::flock(mark.get(), LOCK_EX | LOCK_NB) != 0;
+    return busy ? file_descriptor() : std::move(mark);
 }
 
 }  // namespace
@@ -38,21 +53,52 @@ void make_writable_folder(std::filesystem::path const& dir, char const* what) {
 
 void prepare_bench_store(std::filesystem::path const& dir) {
     make_writable_folder(dir, "checkpoint folder");
-    if (std::filesystem::is_empty(dir)) return;
-    if (!is_ours(dir))
+    auto const folder = open_folder(dir);
+    if (!folder) throw_if(last_system_error(errno), "cannot open the checkpoint folder " + detail::printable(dir.string()));
+    auto const names = detail::names_in(folder.get());
+    if (names.empty()) return;
+    auto refuse = [&](std::string const& holds) {
         throw error(errc::not_a_store,
-                    "'" + dir.string() + "' holds files that varve bench did not write; empty it or give another --checkpoint-dir");
+                    "'" + dir.string() + "' holds " + holds + " that varve bench did not write; empty it or give another --checkpoint-dir");
+    };
+    if (!is_ours(folder, dir)) refuse("files");
+    for (auto const& name : names)
+        if (name != detail::mark_name && !detail::is_checkpoint_name(name) && !name.starts_with(detail::partial_prefix)) refuse("'" + name + "'");
     remove_bench_store(dir);
     make_writable_folder(dir, "checkpoint folder");
 }
 
 void remove_bench_store(std::filesystem::path const& dir) {
+    auto const folder = open_folder(dir);
+    if (!folder) return;
+    bool busy = false;
+    auto const lock = locked_mark(folder, busy);
+    if (busy)
+        throw error(errc::store_locked,
+                    "'" + dir.string() + "': another process is writing to this store; wait for it or give another --checkpoint-dir");
     // A store is flat. The mark goes last, so that a run that is killed here leaves a folder that still says whose it is.
+    for (auto const& name : detail::names_in(folder.get()))
+        if (name != detail::mark_name) ::unlinkat(folder.get(), name.c_str(), 0);
+    ::unlinkat(folder.get(), detail::mark_name.data(), 0);
     std::error_code code;
-    for (auto const& entry : std::filesystem::directory_iterator(dir, code))
-        if (entry.path().filename() != detail::mark_name) std::filesystem::remove(entry.path(), code);
-    std::filesystem::remove(dir / detail::mark_name, code);
     std::filesystem::remove(dir, code);
+}
+
+void take_over_bench_store(std::filesystem::path const& dir) {
+    auto const folder = open_folder(dir);
+    if (!is_ours(folder, dir)) return;
+    bool busy = false;
+    auto const mark = locked_mark(folder, busy);
+    if (!mark) return;  // whoever opens the store is told
+    std::string text(detail::most_mark_bytes, '\0');
+    auto const size = ::pread(mark.get(), text.data(), text.size(), 0);
+    auto const at = std::string_view(text).substr(0, size > 0 ? static_cast<std::size_t>(size) : 0).find(bench_name);
+    // As long as the one before, and within a sector: the mark is whole at every moment.
+    if (at == std::string_view::npos ||
+        ::pwrite(mark.get(), train_name.data(), train_name.size(), static_cast<off_t>(at)) != static_cast<ssize_t>(train_name.size()) ||
+        ::fsync(mark.get()) != 0)
+        throw error(errno != 0 ? last_system_error(errno) : make_error_code(errc::not_a_store),
+                    "'" + dir.string() + "': cannot take the store over from varve bench; give another folder");
 }
 
 void settle_disk(std::filesystem::path const& dir) {

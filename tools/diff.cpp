@@ -1,7 +1,10 @@
 #include <algorithm>
 #include <cstdio>
 #include <map>
+#include <optional>
 #include <ostream>
+#include <sstream>
+#include <utility>
 
 #include "varve/detail/text.hpp"
 
@@ -9,6 +12,7 @@
 #include "command_line.hpp"
 #include "commands.hpp"
 #include "element_difference.hpp"
+#include "progress.hpp"
 #include "store_reader.hpp"
 #include "table.hpp"
 
@@ -44,7 +48,7 @@ element_difference compare(checkpoint_file const& a, file_tensor const& in_a, ch
 
 }  // namespace
 
-int diff(std::vector<std::string> const& args, std::ostream& out, std::ostream&) {
+int diff(std::vector<std::string> const& args, std::ostream& out, std::ostream& err) {
     auto shown = option_group("Options");
     shown.add_options()("help", "this text");
     auto values = parse_command_line(
@@ -53,26 +57,28 @@ int diff(std::vector<std::string> const& args, std::ostream& out, std::ostream&)
         "Exit code 0 if the bits are the same, 1 if not. Of a store the newest checkpoint is compared.\n",
         shown, {"A", "B"}, out);
     if (!values) return 0;
-    auto const a = open_checkpoint(newest_checkpoint((*values)["A"].as<std::string>()));
-    auto const b = open_checkpoint(newest_checkpoint((*values)["B"].as<std::string>()));
+    auto const a = open_newest((*values)["A"].as<std::string>());
+    auto const b = open_newest((*values)["B"].as<std::string>());
     std::map<std::string_view, file_tensor const*> in_b;
     for (auto const& t : b->tensors()) in_b.emplace(t.name, &t);
 
     std::uint64_t unlike = 0, compared = 0, bytes = 0, different = 0;
     long double largest = 0;
     std::string largest_in;
+    std::optional<reading_progress> reading(std::in_place, err, "compares", a->file_bytes() + b->file_bytes());
+    std::ostringstream unlike_ones;
     table rows({"tensor with other bits", ">elements", ">of", ">largest difference"});
     for (auto const& t : a->tensors()) {
         auto found = in_b.find(t.name);
         if (found == in_b.end()) {
-            out << "only in A: " << detail::printable(t.name) << "  " << form_of(t) << '\n';
+            unlike_ones << "only in A: " << detail::printable(t.name) << "  " << form_of(t) << '\n';
             ++unlike;
             continue;
         }
         auto const& other = *found->second;
         in_b.erase(found);
         if (t.type != other.type || t.shape != other.shape) {
-            out << "another form: " << detail::printable(t.name) << "  A " << form_of(t) << ", B " << form_of(other) << '\n';
+            unlike_ones << "another form: " << detail::printable(t.name) << "  A " << form_of(t) << ", B " << form_of(other) << '\n';
             ++unlike;
             continue;
         }
@@ -91,9 +97,11 @@ int diff(std::vector<std::string> const& args, std::ostream& out, std::ostream&)
     }
     for (auto const& t : b->tensors())
         if (in_b.contains(t.name)) {
-            out << "only in B: " << detail::printable(t.name) << "  " << form_of(t) << '\n';
+            unlike_ones << "only in B: " << detail::printable(t.name) << "  " << form_of(t) << '\n';
             ++unlike;
         }
+    reading.reset();
+    out << unlike_ones.str();
     if (different > 0) out << rows;
     if (different == 0 && unlike == 0) {
         out << "same bits: " << compared << " tensors, " << size_text(bytes) << '\n';

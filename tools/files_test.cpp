@@ -22,6 +22,7 @@
 #include "element_difference.hpp"
 #include "errors.hpp"
 #include "progress.hpp"
+#include "store_reader.hpp"
 #include "table.hpp"
 
 namespace {
@@ -285,7 +286,9 @@ BOOST_AUTO_TEST_CASE(restore_keeps_tensors_aliases_and_the_users_metadata) {
     BOOST_TEST(metadata["varve.aliases"] == R"({"model.tied":"model.weight"})");
     BOOST_TEST(run(tool::restore, {dir(), "--step", "1", "--output", to}).code == 0);
     BOOST_TEST(nlohmann::json::parse(run(tool::inspect, {to, "--json"}).out)["metadata"]["varve.step"] == "1");
-    BOOST_TEST(run(tool::restore, {dir(), "--step", "9", "--output", to}).code == 1);
+    auto const missing = run(tool::restore, {dir(), "--step", "9", "--output", to});
+    BOOST_TEST(missing.code == 1);
+    BOOST_TEST(has(missing.err, "there are 1, 2"), missing.err);
     BOOST_TEST(run(tool::restore, {dir(), "--model-only", "--output", to}).code == 0);
     auto tensors = nlohmann::json::parse(run(tool::inspect, {to, "--json"}).out)["tensors"];
     BOOST_TEST(tensors.size() == 1u);
@@ -304,8 +307,21 @@ BOOST_AUTO_TEST_CASE(restore_takes_the_checkpoint_before_a_broken_one) {
     std::filesystem::remove(to);
     BOOST_TEST(run(tool::restore, {broken, "--output", to}).code == 1);
     BOOST_TEST(!std::filesystem::exists(to));
-    BOOST_TEST(run(tool::restore, {broken, "--no-verify", "--output", to}).code == 0);
+    auto const unchecked = run(tool::restore, {broken, "--no-verify", "--output", to});
+    BOOST_TEST(unchecked.code == 0);
+    BOOST_TEST(has(unchecked.err, "not checked: the bytes of " + broken), unchecked.err);
     BOOST_TEST(run(tool::diff, {broken, to}).code == 0);
+}
+
+BOOST_AUTO_TEST_CASE(a_file_that_cannot_be_looked_at_is_not_passed_over) {
+    tool::listed_store listed;
+    listed.broken.push_back({"d/step-000000000006.safetensors", "malformed"});
+    tool::expect_all_read(listed);
+    listed.broken.push_back({"d/step-000000000007.safetensors", "Permission denied", false});
+    tool::expect_all_read(listed, 6);
+    for (auto step : {std::optional<std::uint64_t>(), std::optional<std::uint64_t>(7)})
+        BOOST_CHECK_EXCEPTION(tool::expect_all_read(listed, step), varve::error,
+                              [](auto const& e) { return has(e.what(), "step-000000000007.safetensors: cannot be read"); });
 }
 
 BOOST_AUTO_TEST_CASE(restore_takes_files_of_others_as_they_are) {
@@ -314,6 +330,10 @@ BOOST_AUTO_TEST_CASE(restore_takes_files_of_others_as_they_are) {
     auto to = file("out.safetensors");
     BOOST_TEST(run(tool::restore, {file("theirs"), "--output", to}).code == 1);
     BOOST_TEST(run(tool::restore, {file("theirs"), "--no-verify", "--output", to}).code == 0);
+    auto const no_model = run(tool::restore, {file("theirs"), "--no-verify", "--model-only", "--output", file("model.safetensors")});
+    BOOST_TEST(no_model.code == 1);
+    BOOST_TEST(has(no_model.err, "no tensor whose name begins with model."), no_model.err);
+    BOOST_TEST(!std::filesystem::exists(file("model.safetensors")));
     BOOST_TEST(run(tool::diff, {file("theirs"), to}).code == 0);
     BOOST_TEST(run(tool::verify, {to}).code == 0);
 }
@@ -385,7 +405,7 @@ BOOST_AUTO_TEST_CASE(columns_stand_below_each_other) {
     BOOST_TEST(out.str() == "n\xc3\xa4me         size\na               1\nlonger name   100\n");
 }
 
-BOOST_AUTO_TEST_CASE(reading_shows_how_far_it_is_on_a_terminal_alone) {
+BOOST_AUTO_TEST_CASE(reading_shows_how_far_it_is) {
     temporary_folder folder;
     auto const path = folder.path() / "f";
     write_file(path, std::string(3'000'000, 'x'));
@@ -404,8 +424,9 @@ BOOST_AUTO_TEST_CASE(reading_shows_how_far_it_is_on_a_terminal_alone) {
         }
         return text.so_far();
     };
-    BOOST_TEST(shown(false, 3'000'000, 0ms) == "");
     BOOST_TEST(shown(true, 3'000'000, 10min) == "");
+    auto const plain = shown(false, 3'000'000, 200ms, "3.0 MB of 3.0 MB\n");
+    BOOST_TEST(plain.find('\r') == std::string::npos, plain);
     BOOST_TEST(shown(true, 3'000'000, 0ms, "f  3.0 MB of 3.0 MB").ends_with("\r\033[K"));
     auto const alone = shown(true, 0, 0ms, "f  3.0 MB");
     BOOST_TEST(alone.find(" of ") == std::string::npos, alone);

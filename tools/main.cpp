@@ -1,10 +1,12 @@
 #include <algorithm>
 #include <exception>
+#include <filesystem>
 #include <iostream>
 #include <new>
 #include <string>
 #include <vector>
 
+#include "varve/detail/text.hpp"
 #include "varve/version.hpp"
 
 #include "bench_child.hpp"
@@ -74,8 +76,12 @@ int dispatch(std::vector<std::string> const& args) {
     throw usage_error("unknown command '" + args[0] + "'; varve --help lists them");
 }
 
-/// One line, whatever a library put into its message (LibTorch adds a backtrace).
-std::string one_line(std::string text) { return text.substr(0, text.find('\n')); }
+/// One line, whatever is in a name or a library put into its message: LibTorch's backtrace goes, other control characters are shown.
+std::string one_line(std::string text) {
+    for (char const* trace : {"\nException raised from", "\nframe #"}) text.resize(std::min(text.size(), text.find(trace)));
+    while (!text.empty() && text.back() == '\n') text.pop_back();
+    return detail::printable(text);
+}
 
 int run(std::vector<std::string> const& args) {
     auto const prefix = "varve" + (args.empty() || args[0].starts_with('-') ? "" : " " + one_line(args[0] == "bench-run" ? "bench" : args[0])) + ": ";
@@ -93,6 +99,8 @@ int run(std::vector<std::string> const& args) {
         return say(e.what(), 2);
     } catch (interrupted const& e) {
         return say(e.what(), 130);
+    } catch (std::filesystem::filesystem_error const& e) {
+        return say(e.path1().string() + ": " + e.code().message(), 1);
     } catch (std::bad_alloc const&) {
         return say("out of memory; take a smaller model or a smaller --pool-size-mb", 1);
     } catch (std::exception const& e) {

@@ -130,7 +130,7 @@ public:
     void wait_for_all() {
         std::unique_lock lock(mutex_);
         freed_.wait(lock, [&] { return free_.size() == buffer_count; });
-        throw_if(error_, "probe: transfer failed");
+        throw_if(error_, "the folder does not take what is measured; a smaller --size-mb, or another folder, may do");
     }
 
 protected:
@@ -255,6 +255,19 @@ double digest_rate() {
     return best;
 }
 
+/// A result that has nowhere to go is refused at once; no file is made yet.
+void expect_writable(std::filesystem::path const& file) {
+    file_descriptor const there(::open(file.c_str(), O_WRONLY | O_NONBLOCK | O_CLOEXEC), system_calls::kernel());
+    if (there) return;
+    auto why = last_system_error(errno);
+    if (why == std::errc::no_such_file_or_directory) {
+        auto const folder = file.has_parent_path() ? file.parent_path() : std::filesystem::path(".");
+        if (::access(folder.c_str(), W_OK | X_OK) == 0) return;
+        why = last_system_error(errno);
+    }
+    throw_if(why, file.string() + ": cannot write the result");
+}
+
 }  // namespace
 
 nlohmann::json measure_limits(std::filesystem::path const& dir, [[maybe_unused]] std::uint64_t size_bytes, std::ostream* progress) {
@@ -333,6 +346,7 @@ int probe(std::vector<std::string> const& args, std::ostream& out, std::ostream&
     if (!(size_mb >= 1 && size_mb <= 1e6)) throw usage_error("--size-mb must be between 1 and 1000000");
     auto size = std::max<std::uint64_t>(block_unit_bytes, static_cast<std::uint64_t>(size_mb * 1e6) / block_unit_bytes * block_unit_bytes);
 
+    if (given.count("json")) expect_writable(given["json"].as<std::string>());  // before all the work
     auto limits = measure_limits(given["dir"].as<std::string>(), size, &err);
     if (auto gpu = measure_gds(given["dir"].as<std::string>(), size))
         limits["sinks"]["gds"] = {{"write_gb_per_s", gpu->write}, {"read_gb_per_s", gpu->read}, {"describe", gpu->describe}};

@@ -48,10 +48,9 @@ void progress::clear() {
 }
 
 reading_progress::reading_progress(std::ostream& err, std::string what, std::uint64_t total_bytes, bool terminal, std::chrono::milliseconds quiet) {
-    if (!terminal) return;
     auto const before = bytes_read();
     if (before == 0) return;
-    auto draw = [&err, what = std::move(what), total_bytes, quiet, before](std::stop_token stop) {
+    auto draw = [&err, what = std::move(what), total_bytes, terminal, quiet, before](std::stop_token stop) {
         std::mutex mutex;
         std::condition_variable_any stopped;
         std::unique_lock lock(mutex);
@@ -59,10 +58,11 @@ reading_progress::reading_progress(std::ostream& err, std::string what, std::uin
         if (!sleeps(quiet)) return;
         do {
             auto const read = bytes_read() - before;
-            err << clear_line << what << "  "
-                << (total_bytes > 0 ? size_text(std::min(read, total_bytes)) + " of " + size_text(total_bytes) : size_text(read)) << std::flush;
-        } while (sleeps(std::chrono::milliseconds(200)));
-        err << clear_line << std::flush;
+            err << (terminal ? clear_line : "") << what << "  "
+                << (total_bytes > 0 ? size_text(std::min(read, total_bytes)) + " of " + size_text(total_bytes) : size_text(read))
+                << (terminal ? "" : "\n") << std::flush;
+        } while (sleeps(terminal ? std::chrono::milliseconds(200) : std::chrono::seconds(10)));
+        if (terminal) err << clear_line << std::flush;
     };
     try {
         thread_ = std::jthread(std::move(draw));

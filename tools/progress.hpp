@@ -6,6 +6,7 @@
 #include <ostream>
 #include <string>
 #include <thread>
+#include <utility>
 
 namespace varve::tool {
 
@@ -33,13 +34,17 @@ private:
 /// Whether standard error is a terminal.
 bool stderr_is_terminal();
 
-/// How far a command has come that reads files: redrawn on a terminal five times a second, once it has taken a second; nothing
-/// elsewhere. Counted is what the process has read since this was made.
+/// How far a command has come that reads files: redrawn on a terminal five times a second, once it has taken a second; elsewhere a
+/// line every ten seconds. Counted is what the process has read since this was made.
 class reading_progress {
 public:
     /// `total_bytes`: 0 where nobody knows.
-    reading_progress(std::ostream& err, std::string what, std::uint64_t total_bytes = 0, bool terminal = stderr_is_terminal(),
-                     std::chrono::milliseconds quiet = std::chrono::seconds(1));
+    reading_progress(std::ostream& err, std::string what, std::uint64_t total_bytes = 0)
+        : reading_progress(err, std::move(what), total_bytes, stderr_is_terminal()) {}
+    /// `quiet`: nothing is shown before.
+    reading_progress(std::ostream& err, std::string what, std::uint64_t total_bytes, bool terminal)
+        : reading_progress(err, std::move(what), total_bytes, terminal, std::chrono::seconds(terminal ? 1 : 10)) {}
+    reading_progress(std::ostream& err, std::string what, std::uint64_t total_bytes, bool terminal, std::chrono::milliseconds quiet);
 
 private:
     std::jthread thread_;

@@ -50,19 +50,31 @@ source open_source(std::filesystem::path const& path, bool verify, std::ostream&
 /// The newest checkpoint that is whole; what is broken on the way there is said.
 source find_source(request const& r, std::ostream& err) {
     if (!std::filesystem::is_directory(r.from)) return open_source(r.from, r.verify, err);
-    auto const listed = list_store(r.from);
-    for (auto const& b : listed.broken) err << "broken: " << detail::printable(b.path.string()) << ": " << b.why << '\n';
-    for (auto const& c : listed.checkpoints) {
-        if (r.step && c.step != *r.step) continue;
-        try {
-            return open_source(c.path, r.verify, err);
-        } catch (error const& e) {
-            if (e.code().category() != category() || e.code() == errc::unsupported) throw;
-            err << "broken: " << e.what() << '\n';
+    for (bool let_go = true; let_go;) {
+        let_go = false;
+        auto const listed = list_store(r.from);
+        expect_all_read(listed, r.step);
+        for (auto const& b : listed.broken) err << "broken: " << detail::printable(b.path.string()) << ": " << b.why << '\n';
+        for (auto const& c : listed.checkpoints) {
+            if (r.step && c.step != *r.step) continue;
+            try {
+                return open_source(c.path, r.verify, err);
+            } catch (error const& e) {
+                // By a writer, since it was listed: then a newer one is there.
+                let_go = e.code() == std::errc::no_such_file_or_directory && !std::filesystem::exists(std::filesystem::symlink_status(c.path));
+                if (let_go) break;
+                if (e.code().category() != category() || e.code() == errc::unsupported) throw;
+                err << "broken: " << e.what() << '\n';
+            }
         }
+        if (let_go || !r.step) continue;
+        std::string steps;
+        for (auto c = listed.checkpoints.rbegin(); c != listed.checkpoints.rend(); ++c)
+            steps += (steps.empty() ? "" : ", ") + std::to_string(c->step);
+        throw error(errc::no_checkpoint, detail::printable(r.from.string()) + ": no whole checkpoint of step " + std::to_string(*r.step) +
+                                             (steps.empty() ? "" : "; there are " + steps));
     }
-    throw error(errc::no_checkpoint,
-                detail::printable(r.from.string()) + ": no whole checkpoint" + (r.step ? " of step " + std::to_string(*r.step) : ""));
+    throw error(errc::no_checkpoint, detail::printable(r.from.string()) + ": no whole checkpoint");
 }
 
 /// Step, sequence and the user's metadata; 0 where a file of others has no count.
@@ -96,8 +108,7 @@ state state_of(checkpoint_file const& file, bool model_only) {
 }
 
 /// Writes the tensors in pieces that begin where a digest's chunk begins.
-void write_safetensors(checkpoint_file const& from, checkpoint_identity const& identity, bool model_only, atomic_file& to) {
-    auto const s = state_of(from, model_only);
+void write_safetensors(checkpoint_file const& from, checkpoint_identity const& identity, state const& s, atomic_file& to) {
     // Files of others may have more metadata than a checkpoint has room for.
     auto const metadata_bytes = std::max<std::uint64_t>(safetensors::default_metadata_bytes, detail::user_metadata_text(identity.metadata).size());
     safetensors const format(metadata_bytes);
@@ -166,17 +177,21 @@ int restore(std::vector<std::string> const& args, std::ostream& out, std::ostrea
         shown, {"PATH"}, out);
     if (!values) return 0;
     auto const r = parse(*values);
+    atomic_file to(r.to);  // first: where it cannot be, nothing need be read
     auto const from = find_source(r, err);
     auto const identity = identity_of(*from.file);
     if (r.step && identity.step != *r.step)
         throw error(errc::no_checkpoint,
                     detail::printable(from.path.string()) + ": is of step " + std::to_string(identity.step) + ", not " + std::to_string(*r.step));
-    atomic_file to(r.to);
+    auto const chosen = state_of(*from.file, r.model_only);
+    if (r.model_only && chosen.layers.empty())
+        throw error(errc::mismatch, detail::printable(from.path.string()) + ": has no tensor whose name begins with model.; leave --model-only out");
+    if (!r.verify) err << "not checked: the bytes of " << detail::printable(from.path.string()) << " are taken as they are, and get new digests\n";
     std::optional<reading_progress> writing(std::in_place, err, "writes " + detail::printable(r.to.string()));
     if (r.to.extension() == ".pt")
-        write_archive(state_of(*from.file, r.model_only), *from.file, identity, to);
+        write_archive(chosen, *from.file, identity, to);
     else
-        write_safetensors(*from.file, identity, r.model_only, to);
+        write_safetensors(*from.file, identity, chosen, to);
     to.commit();
     writing.reset();
     out << detail::printable(r.to.string()) << ": step " << identity.step << " of " << detail::printable(from.path.string()) << ", "

@@ -1,12 +1,18 @@
 #include "settings.hpp"
 
+#include <fcntl.h>
 #include <algorithm>
+#include <cerrno>
+#include <filesystem>
 #include <ios>
 #include <set>
 #include <sstream>
 
 #include <yaml-cpp/yaml.h>
 #include <boost/program_options.hpp>
+
+#include "varve/error.hpp"
+#include "varve/system.hpp"
 
 #include "build_config.hpp"
 #include "errors.hpp"
@@ -102,15 +108,21 @@ void read_section(given_settings& given, std::string const& section, YAML::Node 
     }
 }
 
+std::string why_unreadable(std::string const& path) {
+    if (std::filesystem::is_directory(path)) return "it is a folder";
+    file_descriptor const fd(::open(path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC), system_calls::kernel());
+    return fd ? "it is no text" : last_system_error(errno).message();
+}
+
 void read_file(given_settings& given) {
     auto const& path = given.file_path;
     YAML::Node root;
     try {
         root = YAML::LoadFile(path);
     } catch (YAML::BadFile const&) {
-        throw usage_error("cannot read the configuration file '" + path + "'");
-    } catch (std::ios_base::failure const&) {  // a folder
-        throw usage_error("cannot read the configuration file '" + path + "'");
+        throw usage_error("cannot read the configuration file '" + path + "': " + why_unreadable(path));
+    } catch (std::ios_base::failure const&) {
+        throw usage_error("cannot read the configuration file '" + path + "': " + why_unreadable(path));
     } catch (YAML::Exception const& e) {
         throw usage_error(path + " is not YAML: line " + std::to_string(e.mark.line + 1) + ": " + e.msg);
     }

@@ -1,6 +1,7 @@
 #include "settings_options.hpp"
 
 #include <algorithm>
+#include <cctype>
 #include <charconv>
 #include <cmath>
 #include <limits>
@@ -78,7 +79,8 @@ option_spec text(std::string name, std::string section, std::string placeholder,
 template <class Field>
 option_spec toggle(std::string name, std::string section, Field field, std::string help) {
     option_spec o{std::move(name), std::move(section), "", std::move(help)};
-    o.set = [=](settings& s, std::string const& value) {
+    o.set = [=](settings& s, std::string value) {
+        for (auto& c : value) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
         if (value != "true" && value != "false" && value != "on" && value != "off" && value != "yes" && value != "no")
             throw usage_error("must be true or false");
         field(s) = value == "true" || value == "on" || value == "yes";

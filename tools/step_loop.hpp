@@ -53,7 +53,7 @@ inline std::optional<ticket> update_and_save(trainer& t, running_method* method,
     // Nothing here may depend on the time or the host: a run that was resumed writes the same bytes.
     char digits[32];
     std::snprintf(digits, sizeof digits, "%.9g", static_cast<double>(loss));
-    return method->seal({{"loss", digits}});
+    return method->seal({{"loss", digits}, {"update", t.update_kernels()}});
 }
 
 }  // namespace varve::tool

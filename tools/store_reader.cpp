@@ -5,11 +5,10 @@
 #include <algorithm>
 #include <cerrno>
 
+#include "varve/detail/broken_file.hpp"
 #include "varve/detail/store_folder.hpp"
 #include "varve/detail/text.hpp"
 #include "varve/error.hpp"
-
-#include "checkpoint_file.hpp"
 
 namespace varve::tool {
 
@@ -37,20 +36,41 @@ listed_store list_store(std::filesystem::path const& folder) {
             out.checkpoints.push_back({path, identity.step, identity.sequence, static_cast<std::uint64_t>(info.st_size)});
         } catch (error const& e) {
             if (e.code() == errc::unsupported) throw error(e.code(), detail::printable(path.string()) + ": " + e.what());
-            if (e.code() != std::errc::no_such_file_or_directory) out.broken.push_back({path, e.what()});
+            if (e.code() != std::errc::no_such_file_or_directory) out.broken.push_back({path, e.what(), detail::tells_of_the_file(e.code())});
         }
     }
     std::stable_sort(out.checkpoints.begin(), out.checkpoints.end(), [](auto const& a, auto const& b) { return a.sequence > b.sequence; });
     return out;
 }
 
-std::filesystem::path newest_checkpoint(std::filesystem::path const& path) {
-    if (!std::filesystem::is_directory(path)) return path;
-    auto const listed = list_store(path);
-    if (!listed.checkpoints.empty()) return listed.checkpoints.front().path;
-    std::string why = "no whole checkpoint";
-    if (!listed.broken.empty()) why += "; " + listed.broken.back().path.filename().string() + ": " + listed.broken.back().why;
-    throw error(errc::no_checkpoint, detail::printable(path.string()) + ": " + why);
+void expect_all_read(listed_store const& listed, std::optional<std::uint64_t> step) {
+    for (auto const& b : listed.broken) {
+        auto const name = b.path.filename().string();
+        auto const named = detail::step_of_name(name, b.path.extension().string());
+        if (!b.was_read && (!step || named == step))
+            throw error(errc::no_checkpoint, detail::printable(b.path.string()) + ": cannot be read, and may be the newest: " + b.why +
+                                                 "; see to it, or name the checkpoint to take");
+    }
+}
+
+std::unique_ptr<checkpoint_file> open_newest(std::filesystem::path const& path) {
+    if (!std::filesystem::is_directory(path)) return open_checkpoint(path);
+    for (;;) {
+        auto const listed = list_store(path);
+        expect_all_read(listed);
+        if (listed.checkpoints.empty()) {
+            std::string why = "no whole checkpoint";
+            if (!listed.broken.empty()) why += "; " + listed.broken.back().path.filename().string() + ": " + listed.broken.back().why;
+            throw error(errc::no_checkpoint, detail::printable(path.string()) + ": " + why);
+        }
+        auto const& newest = listed.checkpoints.front().path;
+        try {
+            return open_checkpoint(newest);
+        } catch (error const& e) {
+            // Let go by a writer since it was listed: a newer one is there.
+            if (e.code() != std::errc::no_such_file_or_directory || std::filesystem::exists(std::filesystem::symlink_status(newest))) throw;
+        }
+    }
 }
 
 }  // namespace varve::tool

@@ -2,8 +2,12 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <memory>
+#include <optional>
 #include <string>
 #include <vector>
+
+#include "checkpoint_file.hpp"
 
 namespace varve::tool {
 
@@ -20,6 +24,7 @@ struct listed_store {
     struct broken_file {
         std::filesystem::path path;
         std::string why;
+        bool was_read = true;  ///< false: it may be whole, but could not be looked at
     };
     std::vector<broken_file> broken;  ///< those that carry a checkpoint's name and are none
 };
@@ -31,7 +36,11 @@ listed_store list_store(std::filesystem::path const& folder);
 /// Names of all files in the folder that are called as checkpoints are, by step. Throws as list_store does.
 std::vector<std::filesystem::path> checkpoint_paths(std::filesystem::path const& folder);
 
-/// `path` itself if it is a file; in a store its newest checkpoint. Throws errc::no_checkpoint where there is none.
-std::filesystem::path newest_checkpoint(std::filesystem::path const& path);
+/// Throws for the first of the broken files that could not be looked at, since it may be the newest checkpoint; `step`: of that step alone.
+void expect_all_read(listed_store const& listed, std::optional<std::uint64_t> step = {});
+
+/// `path` itself if it is a file; in a store its newest checkpoint, of those that were not let go meanwhile. Throws
+/// errc::no_checkpoint where there is none.
+std::unique_ptr<checkpoint_file> open_newest(std::filesystem::path const& path);
 
 }  // namespace varve::tool

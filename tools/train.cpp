@@ -3,6 +3,10 @@
 #include <optional>
 #include <ostream>
 
+#include "varve/detail/text.hpp"
+
+#include "bench_plan.hpp"
+#include "bench_store.hpp"
 #include "checkpoint_file.hpp"
 #include "errors.hpp"
 #include "events_file.hpp"
@@ -47,6 +51,7 @@ public:
 
     int run() {
         auto trainer = make_trainer(settings_);
+        take_over_bench_store(settings_.command.dir);
         if (settings_.wants_monitor() || entry_.needs_monitor)
             monitor_.emplace(settings_, settings_.command.dir, settings_.run.linger, [this](std::string const& line) { progress_.line(line); });
         auto method = start(*trainer);
@@ -61,12 +66,16 @@ public:
         report_failures();
         if (events_ && events_->failure()) progress_.line("events were lost: " + events_->failure().message());
         auto const outcome = last_save_->durable().wait();
-        if (outcome) throw error(outcome, "the last save, of step " + std::to_string(last_save_->step()) + ", failed: " + outcome.message());
+        if (outcome)
+            throw error(outcome, "the last save, of step " + std::to_string(last_save_->step()) + ", failed: " + outcome.message() +
+                                     "; what was saved before it in " + detail::printable(settings_.command.dir) + " is as it was");
         auto path = method->newest_path().string();
         if (path.empty()) path = "the monitor's store at " + settings_.run.monitor;
         if (stopped_at)
             throw interrupted("stopped after step " + std::to_string(*stopped_at) + " of " + std::to_string(last) + ", saved in " + path +
-                              "; the same command goes on from there");
+                              (settings_.command.fresh || settings_.command.from_step
+                                   ? "; the same command without --fresh, --overwrite and --from-step goes on from there"
+                                   : "; the same command goes on from there"));
         out_ << "trained to step " << last << ", saved in " << path << std::endl;
         return 0;
     }
@@ -96,6 +105,10 @@ private:
             return 0;
         }
         t.expect_same_run(restored->step);
+        auto const update = t.update_kernels();
+        if (auto const before = restored->metadata.find("update"); before != restored->metadata.end() && before->second != update)
+            progress_.line("the update is " + update + " now and was " + before->second +
+                           ": the bits will not be those of a run without a stop; --update " + before->second + " keeps them");
         progress_.line("goes on from " + restored->path.string() + ", restored in " + short_number(took_sec * 1e3) + " ms (" +
                        short_number(static_cast<double>(method.facts().image_bytes) / 1e9 / took_sec) + " GB/s)");
         return restored->step;
@@ -162,6 +175,7 @@ int train(std::vector<std::string> const& args, std::ostream& out, std::ostream&
     }
     require_trainer();
     check_settings(s, settings_command::train);
+    check_memory(s);
     stop_signals signals(true);
     return training_run(s, out, err).run();
 }

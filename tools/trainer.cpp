@@ -154,6 +154,7 @@ public:
 
     void update() override { libtorch::whole_step(*optimizer_, *state_); }
     void update_by_layer(running_method& method) override { libtorch::layerwise_step(*optimizer_, *state_, method); }
+    std::string update_kernels() const override { return chosen_update(settings_); }
     void synchronize() override {
         if (device_.is_cuda()) ::torch::cuda::synchronize();
     }

@@ -26,6 +26,8 @@ public:
     virtual void update() = 0;
     /// The same update layer by layer, each announced to the method; the same bits.
     virtual void update_by_layer(running_method& method) = 0;
+    /// "plain", "foreach" or "fused": with another one the same run has other bits.
+    virtual std::string update_kernels() const = 0;
     /// Waits until the device has done everything.
     virtual void synchronize() = 0;
     /// The most that tensors have taken of the GPU's memory so far; 0 on a CPU.

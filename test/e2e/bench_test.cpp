@@ -1,9 +1,13 @@
 #include <boost/test/unit_test.hpp>
 
+#include <fcntl.h>
+#include <sys/file.h>
+#include <unistd.h>
 #include <algorithm>
 #include <csignal>
 #include <fstream>
 
+#include "monitored_runs.hpp"
 #include "support.hpp"
 #include "tool.hpp"
 
@@ -11,7 +15,6 @@ namespace varve_test {
 
 namespace {
 
-namespace fs = std::filesystem;
 using json = nlohmann::json;
 
 fs::path result_in(fs::path const& dir) {
@@ -206,6 +209,34 @@ BOOST_AUTO_TEST_CASE(a_comparison_with_monitors_has_what_was_crash_safe_and_the_
     }
     auto const report = run_tool({"report", "--input-dir", folder.path().string(), "--output-file", folder / "report.md"});
     BOOST_TEST(report.code == 0, report.err);
+    auto const text = read_text(folder / "report.md");
+    for (std::string const name : {"| Layerwise PCCheck (Improved) |", "| Layerwise PCCheck (Improved), monitor |"})
+        BOOST_TEST(text.find(name) != std::string::npos, text);
+}
+
+BOOST_AUTO_TEST_CASE(with_use_monitor_the_original_is_chk_monitors_row_and_nothing_is_left) {
+    if (!runs_here("original-monitor")) return skip("the monitor is not built");
+    workplace w;
+    auto const dir = w.folder / "results";
+    for (std::string const as : {"", "-monitor"}) {
+        std::vector<std::string> how{"bench", "--output-dir", dir, "--methods", "original" + as, "layerwise" + as};
+        if (as.empty()) how.push_back("--use-monitor");
+        auto const r = run_tool(joined(how, tiny_model({"--num-steps", "12", "--checkpoint-freq", "5", "--warmup", "0"})));
+        BOOST_TEST_REQUIRE(r.code == 0, r.err);
+        auto const results = read_json(result_in(dir)).at("results");
+        for (std::string const method : {"Original PCCheck", "Layerwise PCCheck (Improved)"}) {
+            auto const name = method + (as.empty() ? "" : ", monitor");
+            BOOST_TEST_REQUIRE(results.contains(name), results.dump());
+            auto const& result = results.at(name);
+            BOOST_TEST(result.at("/restore/bit_exact"_json_pointer).get<bool>(), name);
+            BOOST_TEST(result.at("crash_safe") == 2);
+            BOOST_TEST(result.at("durable") == 2);
+            BOOST_TEST(result.at("final_loss") == results.at("No Checkpoint").at("final_loss"));
+        }
+        BOOST_TEST(w.monitors().empty());
+        BOOST_TEST(fs::is_empty(w.folder.path() / "sockets"));
+        fs::remove_all(dir);
+    }
 }
 
 BOOST_AUTO_TEST_CASE(saves_that_give_way_are_counted_and_the_others_are_durable) {
@@ -272,6 +303,52 @@ BOOST_AUTO_TEST_CASE(a_sweep_of_frequencies_writes_a_result_for_each) {
     auto const report = run_tool({"report", "--input-dir", folder.path().string(), "--output-file", folder / "report.md"});
     BOOST_TEST(report.code == 0, report.err);
     BOOST_TEST(fs::exists(folder / "report.md"));
+}
+
+BOOST_AUTO_TEST_CASE(a_store_that_is_anothers_stays_as_it_is) {
+    temporary_folder folder;
+    auto const bench = joined({"bench", "--methods", "layerwise", "--output-dir", folder / "results", "--keep-checkpoints"},
+                              tiny_model({"--num-steps", "10", "--checkpoint-freq", "5", "--warmup", "0"}));
+    auto const store = folder / "results/checkpoints/layerwise";
+    auto refused = [&](std::string const& why) {
+        auto const r = run_tool(bench);
+        BOOST_TEST(r.code == 1);
+        BOOST_TEST(line_count(r.err) == 1u, r.err);
+        BOOST_TEST(r.err.find(why) != std::string::npos, r.err);
+        BOOST_TEST(!stored_steps(store).empty());
+    };
+    BOOST_TEST_REQUIRE(run_tool(bench).code == 0);
+    // Somebody's file, a writer at work, and a run that went on from there.
+    std::ofstream(fs::path(store) / "notes.txt") << "mine";
+    refused("notes.txt");
+    fs::remove(fs::path(store) / "notes.txt");
+    auto const train = [&](std::string const& steps) {
+        return joined({"train", "--method", "layerwise", "--dir", store, "--events", folder / "events"},
+                      tiny_model({"--num-steps", steps, "--checkpoint-freq", "5"}));
+    };
+    int const mark = ::open((store + "/.varve").c_str(), O_RDWR | O_CLOEXEC);
+    BOOST_TEST_REQUIRE(::flock(mark, LOCK_EX | LOCK_NB) == 0);
+    refused("another process is writing");
+    ::close(mark);
+    auto const trained = run_tool(train("12"));
+    BOOST_TEST_REQUIRE(trained.code == 0, trained.err);
+    refused("varve bench did not write");
+    BOOST_TEST(stored_steps(store).back() == 12u);
+}
+
+BOOST_AUTO_TEST_CASE(what_was_measured_is_not_lost_to_a_method_that_fails) {
+    if (!runs_here("layerwise-monitor")) return skip("the monitor is not built");
+    temporary_folder folder;
+    auto const r = run_tool(
+        joined({"bench", "--methods", "traditional", "layerwise", "--monitor", "unix:" + (folder / "nobody"), "--output-dir", folder / "results"},
+               tiny_model({"--num-steps", "10", "--checkpoint-freq", "5", "--warmup", "0"})));
+    BOOST_TEST(r.code == 1);
+    BOOST_TEST(r.err.find("layerwise: cannot connect to the monitor") != std::string::npos, r.err);
+    auto const result = result_in(folder / "results");
+    BOOST_TEST_REQUIRE(!result.empty());
+    auto const results = read_json(result).at("results");
+    BOOST_TEST(results.size() == 2u);
+    BOOST_TEST(results.at("Traditional PyTorch Checkpoint").at("/restore/bit_exact"_json_pointer).get<bool>());
 }
 
 BOOST_AUTO_TEST_CASE(a_stopped_bench_drains_and_writes_no_result) {

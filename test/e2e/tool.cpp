@@ -21,11 +21,6 @@ namespace fs = std::filesystem;
 
 namespace {
 
-std::string read_text(fs::path const& file) {
-    std::ifstream in(file, std::ios::binary);
-    return {std::istreambuf_iterator<char>(in), {}};
-}
-
 fs::path temporary_file() {
     auto pattern = (fs::temp_directory_path() / "varve-e2e-XXXXXX").string();
     int const fd = ::mkstemp(pattern.data());
@@ -151,6 +146,11 @@ std::map<std::uint64_t, double> losses_in(fs::path const& file) {
         BOOST_TEST(known->second == e.at("loss").get<double>(), "the loss was " << known->second << " at first: " << e.dump());
     }
     return losses;
+}
+
+std::string read_text(fs::path const& file) {
+    std::ifstream in(file, std::ios::binary);
+    return {std::istreambuf_iterator<char>(in), {}};
 }
 
 nlohmann::json read_json(fs::path const& file) { return nlohmann::json::parse(read_text(file)); }

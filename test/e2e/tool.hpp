@@ -74,6 +74,7 @@ std::vector<std::uint64_t> steps_of(std::filesystem::path const& file, std::stri
 std::uint64_t largest(std::vector<std::uint64_t> const& steps);
 /// The losses in an events file, step by step; a step that is there more than once must have the same loss each time.
 std::map<std::uint64_t, double> losses_in(std::filesystem::path const& file);
+std::string read_text(std::filesystem::path const& file);
 nlohmann::json read_json(std::filesystem::path const& file);
 /// Steps of the checkpoints in a store, ascending, by their files' names.
 std::vector<std::uint64_t> stored_steps(std::filesystem::path const& store);
