@@ -72,6 +72,7 @@ public:
         if (pid_ < 0) throw std::runtime_error("cannot fork");
         if (pid_ > 0) return;
         ::prctl(PR_SET_PDEATHSIG, SIGKILL);
+        ::signal(SIGSEGV, SIG_DFL);  // the test's own handler would go on with the test
         try {
             work();
         } catch (std::exception const& e) {
@@ -89,8 +90,8 @@ public:
     void signal(int number) const {
         if (!ended_) ::kill(pid_, number);
     }
-    void kill() {
-        signal(SIGKILL);
+    void kill(int number = SIGKILL) {
+        signal(number);
         collect(0);
     }
     bool alive() { return !collect(WNOHANG); }
@@ -275,7 +276,7 @@ void kill_and_go_on(bool unix_socket, victim who) {
                 h.trainer->kill();
                 promised = h.words->durable;
             } else {
-                h.trainer->kill();
+                h.trainer->kill(round % 4 == 3 ? SIGSEGV : SIGKILL);
                 promised = std::max<std::uint64_t>(promised, who == victim::trainer ? h.words->crash_safe : h.words->durable);
                 if (who == victim::both) {
                     if (moments.at_once()) moments.wait(2);

@@ -179,6 +179,27 @@ BOOST_AUTO_TEST_CASE(what_was_crash_safe_lingers_though_the_disk_is_full) {
     }
 }
 
+BOOST_AUTO_TEST_CASE(while_the_disk_stands_still_every_save_is_crash_safe_and_gives_way_to_the_next) {
+    moody_workplace w;
+    auto t = w.trainer(3);
+    t.hello.busy = varve::when_busy::replace;
+    w.save_held_up(t);
+    w.disk.wait_for_write();
+    constexpr std::uint64_t saves = 12;
+    for (std::uint64_t i = 2; i <= saves; ++i) {
+        t.save(i, i, t.free_image());
+        BOOST_TEST(t.peer.expect<wire::crash_safe>().save == i);
+    }
+    w.disk.go_on();
+    BOOST_TEST(t.peer.expect<wire::durable>().save == 1u);
+    BOOST_TEST(t.peer.expect<wire::durable>().save == saves);
+    auto const store = w.place.status()["stores"][0];
+    BOOST_TEST(store["replaced"] == saves - 2);
+    BOOST_TEST(store["failed"] == 0);
+    BOOST_TEST(t.holds(w.place.file(1), 1));
+    BOOST_TEST(t.holds(w.place.file(saves), saves));
+}
+
 BOOST_AUTO_TEST_CASE(a_hello_that_is_refused_leaves_what_lingers) {
     workplace w(true, [](auto& o) { o.linger = 20s; });
     auto t = w.trainer(2);

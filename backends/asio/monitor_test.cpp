@@ -150,32 +150,48 @@ BOOST_AUTO_TEST_CASE(memory_is_given_back_with_its_trainer) {
     BOOST_TEST(w.becomes([](auto const& s) { return s["memory_used_bytes"] == 0; }));
 }
 
+/// Descriptors and mappings of shared memory that this process has.
+std::size_t shared_memories() {
+    std::size_t count = 0;
+    std::error_code gone;
+    for (auto const& entry : std::filesystem::directory_iterator("/proc/self/fd"))
+        count += std::filesystem::read_symlink(entry.path(), gone).string().starts_with("/memfd:");
+    std::ifstream maps("/proc/self/maps");
+    for (std::string line; std::getline(maps, line);) count += has(line, "/memfd:");
+    return count;
+}
+
+BOOST_AUTO_TEST_CASE(no_shared_memory_of_a_trainer_is_left) {
+    workplace w(true, [](auto& o) { o.linger = 200ms; });
+    auto const before = shared_memories();
+    for (bool crash_safe : {false, true}) {
+        auto t = w.trainer(2);
+        t.greet();
+        t.set(1);
+        t.begin(1, 1);
+        t.send_blocks(1);
+        if (crash_safe) {
+            t.commit(1);
+            t.peer.expect<wire::crash_safe>();
+        }
+        BOOST_TEST(shared_memories() > before);
+    }
+    BOOST_TEST(w.becomes([&](auto const& s) { return s["stores"].empty() && !s.contains("lingering") && shared_memories() == before; }));
+}
+
 BOOST_AUTO_TEST_CASE(with_replace_the_newest_wins) {
     workplace w;
     auto t = w.trainer(3);
     t.hello.busy = varve::when_busy::replace;
     t.greet();
-    std::size_t durable = 0, replaced = 0;
     constexpr std::uint64_t saves = 12;
-    t.set(1);
     // As fast as they can be handed over: each crash-safe, and of those that wait the newest is written next.
-    auto free_image = [&] {
-        for (;; t.peer.expect<wire::release>())
-            for (std::size_t image = 0; image < 3; ++image) {
-                auto const first = t.peer.on_loan.lower_bound(image * t.plans.size() * t.block_bytes);
-                if (first == t.peer.on_loan.end() || *first >= (image + 1) * t.plans.size() * t.block_bytes) return image;
-            }
-    };
-    for (std::uint64_t i = 1; i <= saves; ++i) t.save(i, i, free_image());
-    std::uint64_t last = 0;
-    for (std::uint64_t over = 0; over < saves && last != saves;) {
-        auto const s = t.peer.expect<wire::durable>();
-        last = s.save;
-        ++durable;
+    for (std::uint64_t i = 1; i <= saves; ++i) t.save(i, i, t.free_image());
+    while (t.peer.expect<wire::durable>().save != saves) {
     }
-    replaced = w.status()["stores"][0]["replaced"];
-    BOOST_TEST(durable + replaced >= 1u);
-    BOOST_TEST(last == saves);
+    auto const store = w.status()["stores"][0];
+    std::size_t const durable = store["durable"], replaced = store["replaced"];
+    BOOST_TEST(durable + replaced == saves);
     BOOST_TEST(t.holds(w.file(saves), saves));
     if (replaced > 0) BOOST_TEST((t.peer.failure->code == varve::errc::replaced));
 }

@@ -251,6 +251,15 @@ public:
         for (std::size_t i = 0; i < plans.size(); ++i) send_block(save, i, image * plans.size() + i);
     }
     void commit(std::uint64_t save) { peer.send(wire::commit{save, {{"who", "test"}}, pool ? std::vector<std::uint64_t>{} : digests()}); }
+    /// An image of the pool of which nothing is on loan any more.
+    std::size_t free_image() {
+        auto const image_bytes = plans.size() * block_bytes;
+        for (;; peer.expect<wire::release>())
+            for (std::size_t image = 0; image < pool_bytes / image_bytes; ++image) {
+                auto const first = peer.on_loan.lower_bound(image * image_bytes);
+                if (first == peer.on_loan.end() || *first >= (image + 1) * image_bytes) return image;
+            }
+    }
     /// Everything of a save but the answers.
     void save(std::uint64_t number, std::uint64_t step, std::size_t image = 0) {
         set(step);

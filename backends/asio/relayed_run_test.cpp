@@ -287,22 +287,24 @@ BOOST_AUTO_TEST_CASE(with_replace_every_step_is_crash_safe_and_the_newest_become
         workplace w(unix_socket);
         varve::checkpointer_options options;
         options.busy = varve::when_busy::replace;
-        trainer<varve::async<1>> t(w.monitor->where(), "run", shared, 12, options, varve::async<1>{});
+        // Two, since a save leaves the window a moment after its ticket says that it is crash-safe.
+        trainer<varve::async<2>> t(w.monitor->where(), "run", shared, 12, options);
         std::vector<varve::ticket> tickets;
         for (std::uint64_t n = 1; n <= 30; ++n) {
             tickets.push_back(t.step(n));
             auto const ec = tickets.back().crash_safe().wait_for(30s);
-            BOOST_TEST((!ec || ec == errc::skipped), ec.message());
+            BOOST_TEST(!ec, "step " << n << ": " << ec.message());
         }
         t.checkpointer->drain();
         std::size_t durable = 0;
         std::uint64_t newest = 0;
         for (auto const& ticket : tickets) {
             auto const ec = ticket.durable().wait();
-            BOOST_TEST((!ec || ec == errc::replaced || ec == errc::skipped), ec.message());
+            BOOST_TEST((!ec || ec == errc::replaced), ec.message());
             if (!ec) ++durable, newest = ticket.step();
         }
         BOOST_TEST(durable >= 1u);
+        BOOST_TEST(newest == 30u);
         t.model.update(0);
         BOOST_TEST(t.checkpointer->restore()->step == newest);
         BOOST_TEST(t.model.is_of(newest));

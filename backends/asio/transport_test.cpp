@@ -1,11 +1,13 @@
 #include <boost/test/unit_test.hpp>
 
+#include <boost/asio/error.hpp>
 #include <boost/asio/io_context.hpp>
 
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <cstdlib>
 #include <fstream>
+#include <functional>
 #include <numeric>
 #include <thread>
 
@@ -21,6 +23,28 @@ namespace va = varve::asio;
 using namespace std::chrono_literals;
 
 namespace {
+
+/// What a server with TLS is told when it reads from the client, which runs on a thread of its own.
+std::string server_sees(test_certificates const& files, std::function<void(va::address const&)> client) {
+    boost::asio::io_context context;
+    va::listener listening(context.get_executor(), va::parse_address("tcp:127.0.0.1:0"), files.load("server", true));
+    std::error_code seen;
+    std::unique_ptr<va::stream> there;
+    std::byte unused[1];
+    listening.accept(context.get_executor(), [&](std::error_code, std::unique_ptr<va::stream> s) {
+        there = std::move(s);
+        there->read(unused, 1, [&](std::error_code ec, std::size_t) {
+            seen = ec;
+            there->close();
+        });
+    });
+    std::jthread running([&] { client(listening.where()); });
+    for (int i = 0; i < 600 && !seen; ++i) {
+        context.restart();
+        context.run_one_for(50ms);
+    }
+    return seen.message();
+}
 
 /// Both ends of a connection, on one thread that the test itself runs.
 class pair_of_ends {
@@ -183,30 +207,35 @@ BOOST_AUTO_TEST_CASE(a_certificate_of_another_authority_is_refused_on_either_sid
         BOOST_TEST(ends.why.find("certificate verify failed") != std::string::npos, ends.why);
     }
     // The client is through with its part of the handshake before the server has seen its certificate.
-    boost::asio::io_context context, others;
-    va::listener listening(context.get_executor(), loopback(), files.load("server", true));
-    std::error_code at_server, at_client;
-    std::unique_ptr<va::stream> there, here;
-    std::byte a[1], b[1];
-    listening.accept(context.get_executor(), [&](std::error_code, std::unique_ptr<va::stream> s) {
-        there = std::move(s);
-        there->read(a, 1, [&](std::error_code ec, std::size_t) {
-            at_server = ec;
-            there->close();
-        });
+    std::error_code at_client;
+    auto const at_server = server_sees(files, [&](va::address const& server) {
+        boost::asio::io_context others;
+        std::byte unused[1];
+        auto const here = va::connect(others.get_executor(), server, files.load("stranger", false, "ca"), 5s);
+        here->read(unused, 1, [&](std::error_code ec, std::size_t) { at_client = ec; });
+        others.run_for(5s);
     });
-    std::thread server([&] {
-        while (!at_server) {
-            context.restart();
-            context.run_one_for(50ms);
-        }
-    });
-    here = va::connect(others.get_executor(), listening.where(), files.load("stranger", false, "ca"), 5s);
-    here->read(b, 1, [&](std::error_code ec, std::size_t) { at_client = ec; });
-    others.run_for(5s);
-    server.join();
-    BOOST_TEST(at_server.message().find("certificate verify failed") != std::string::npos, at_server.message());
+    BOOST_TEST(at_server.find("certificate verify failed") != std::string::npos, at_server);
     BOOST_TEST(static_cast<bool>(at_client));
+}
+
+BOOST_AUTO_TEST_CASE(older_versions_of_tls_and_clients_without_a_certificate_are_refused) {
+    test_certificates files;
+    if (!files.usable()) return;
+    auto with_openssl = [&](std::string const& options) {
+        return server_sees(files, [&](va::address const& server) {
+            auto const command =
+                "openssl s_client -connect 127.0.0.1:" + std::to_string(server.port) + " -CAfile " + files.path("ca.pem") + " " + options;
+            static_cast<void>(std::system((command + " < /dev/null > /dev/null 2>&1").c_str()));
+        });
+    };
+    auto const certificate = "-cert " + files.path("client.pem") + " -key " + files.path("client.key");
+    auto const good = with_openssl("-tls1_3 " + certificate);
+    BOOST_TEST(good == boost::system::error_code(boost::asio::error::eof).message());
+    auto const older = with_openssl("-tls1_2 " + certificate);
+    BOOST_TEST(older.find("unsupported protocol") != std::string::npos, older);
+    auto const nobody = with_openssl("-tls1_3");
+    BOOST_TEST(nobody.find("peer did not return a certificate") != std::string::npos, nobody);
 }
 
 BOOST_AUTO_TEST_CASE(a_certificate_that_names_another_host_is_refused) {

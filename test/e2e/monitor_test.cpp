@@ -1,5 +1,7 @@
 #include <boost/test/unit_test.hpp>
 
+#include <sys/socket.h>
+#include <sys/un.h>
 #include <functional>
 #include <memory>
 #include <random>
@@ -119,6 +121,58 @@ BOOST_AUTO_TEST_CASE(a_killed_run_goes_on_from_the_memory_of_its_lingering_monit
     BOOST_TEST(largest(w.steps("run", "restored")) >= promised);
     BOOST_TEST(w.no_monitor_within(20s));
     BOOST_TEST(fs::is_empty(w.folder.path() / "sockets"));
+}
+
+BOOST_AUTO_TEST_CASE(a_trainer_whose_monitor_dies_says_so_and_which_one_serves_now) {
+    if (!have_monitor()) return;
+    workplace w;
+    running_tool run(w.train("run", 1'000'000, {"--use-monitor"}));
+    BOOST_TEST_REQUIRE(w.comes("run", "durable", 0, 1));
+    auto const first = w.monitors();
+    BOOST_TEST_REQUIRE(first.size() == 1u);
+    auto const killed_at = w.events_size("run");
+    ::kill(first.front(), SIGKILL);
+    BOOST_TEST_REQUIRE(w.comes("run", "durable", killed_at, 3));
+    auto const second = w.monitors();
+    BOOST_TEST_REQUIRE(second.size() == 1u);
+    run.signal(SIGINT);
+    BOOST_TEST(run.ends_within(60s));
+    auto const ended = run.wait();
+    BOOST_TEST(ended.code == 130);
+    for (auto pid : {first.front(), second.front()})
+        BOOST_TEST(ended.err.find("monitor started, process " + std::to_string(pid)) != std::string::npos, ended.err);
+    BOOST_TEST(ended.err.find("is lost") != std::string::npos, ended.err);
+}
+
+BOOST_AUTO_TEST_CASE(a_service_manager_is_told_when_a_monitor_listens_and_when_it_ends) {
+    if (!have_monitor()) return;
+    workplace w;
+    auto const notify = w.folder / "notify";
+    int const manager = ::socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
+    sockaddr_un at{};
+    at.sun_family = AF_UNIX;
+    BOOST_TEST_REQUIRE(notify.size() < sizeof at.sun_path);
+    notify.copy(at.sun_path, notify.size());
+    BOOST_TEST_REQUIRE(::bind(manager, reinterpret_cast<sockaddr const*>(&at), sizeof at) == 0);
+    timeval const limit{30, 0};
+    ::setsockopt(manager, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof limit);
+    auto const told = [&] {
+        std::string text(256, '\0');
+        auto const size = ::recv(manager, text.data(), text.size(), 0);
+        text.resize(size > 0 ? static_cast<std::size_t>(size) : 0);
+        return text;
+    };
+    ::setenv("NOTIFY_SOCKET", notify.c_str(), 1);
+    running_tool monitor({"monitor", "--dir", w.folder.path().string(), "--unix", w.folder / "s"});
+    ::unsetenv("NOTIFY_SOCKET");
+    auto const ready = told();
+    BOOST_TEST(ready.starts_with("READY=1\n"), ready);
+    BOOST_TEST(run_tool({"monitor", "--status", "--unix", w.folder / "s"}).code == 0);
+    monitor.signal(SIGTERM);
+    BOOST_TEST(told() == "STOPPING=1");
+    BOOST_TEST(monitor.ends_within(20s));
+    BOOST_TEST(monitor.wait().code == 0);
+    ::close(manager);
 }
 
 BOOST_AUTO_TEST_CASE(several_trainers_share_a_monitor_and_its_status_tells_of_them) {
