@@ -3,13 +3,17 @@
 //
 //     monitor_transfer [--size-mb 512] [--repeat 5] [--dir FOLDER]     FOLDER: best in memory, so that no disk is measured
 //     monitor_transfer --tls ...                                       certificates are made by the command openssl
+//     monitor_transfer --two-hosts ...                                 the same between two network namespaces with a cable; needs root
 
 #include <boost/asio/io_context.hpp>
 #include <boost/asio/ssl/context.hpp>
 
 #include <arpa/inet.h>
+#include <fcntl.h>
 #include <openssl/ssl.h>
+#include <sched.h>
 #include <sys/socket.h>
+#include <unistd.h>
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -17,6 +21,7 @@
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <memory>
 #include <nlohmann/json.hpp>
 #include <thread>
 
@@ -51,13 +56,64 @@ void run(std::string const& command) {
     if (std::system((command + " > /dev/null 2>&1").c_str()) != 0) fail("this failed: " + command);
 }
 
+/// Where each side stands: on the loopback, or on two hosts as far as the network goes, which are gone with the object. A socket
+/// belongs to the host that it was made on, whichever thread uses it.
+class hosts {
+public:
+    explicit hosts(bool two) {
+        if (!two) return;
+        name_ = "varve-" + std::to_string(::getpid());
+        address = "10.88.0.1";
+        auto const server = name_ + "-s", client = name_ + "-c";
+        run("ip netns add " + server);
+        run("ip netns add " + client);
+        run("ip -n " + server + " link add cable type veth peer name cable netns " + client);
+        for (auto const& [host, at] : {std::pair(server, "10.88.0.1/24"), std::pair(client, "10.88.0.2/24")}) {
+            run("ip -n " + host + " address add " + at + " dev cable");
+            run("ip -n " + host + " link set cable up");
+        }
+    }
+    ~hosts() {
+        for (char const* host : {"-s", "-c"})
+            if (!name_.empty()) static_cast<void>(std::system(("ip netns del " + name_ + host).c_str()));
+    }
+    hosts(hosts const&) = delete;
+
+    std::string address = "127.0.0.1";
+
+    template <class Call>
+    auto on_server(Call call) const {
+        return on("-s", call);
+    }
+    template <class Call>
+    auto on_client(Call call) const {
+        return on("-c", call);
+    }
+
+private:
+    template <class Call>
+    auto on(char const* host, Call call) const {
+        if (name_.empty()) return call();
+        int const here = ::open("/proc/thread-self/ns/net", O_RDONLY | O_CLOEXEC);
+        int const there = ::open(("/run/netns/" + name_ + host).c_str(), O_RDONLY | O_CLOEXEC);
+        if (::setns(there, CLONE_NEWNET) != 0) fail("no way into the namespace");
+        auto result = call();
+        ::setns(here, CLONE_NEWNET);
+        ::close(here);
+        ::close(there);
+        return result;
+    }
+
+    std::string name_;
+};
+
 /// One certificate for both sides, of an authority of its own.
-va::tls_files certificates(std::filesystem::path const& folder) {
+va::tls_files certificates(std::filesystem::path const& folder, std::string const& address) {
     auto at = [&](char const* name) { return (folder / name).string(); };
     run("openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=ca -keyout " + at("ca.key") + " -out " +
         at("ca.pem"));
     run("openssl req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=peer -keyout " + at("peer.key") + " -out " + at("peer.csr"));
-    std::ofstream(at("peer.ext")) << "subjectAltName=IP:127.0.0.1\n";
+    std::ofstream(at("peer.ext")) << "subjectAltName=IP:" << address << "\n";
     run("openssl x509 -req -in " + at("peer.csr") + " -CA " + at("ca.pem") + " -CAkey " + at("ca.key") + " -CAcreateserial -days 2 -extfile " +
         at("peer.ext") + " -out " + at("peer.pem"));
     return {at("peer.pem"), at("peer.key"), at("ca.pem")};
@@ -177,7 +233,7 @@ double iperf3(int port) {
 }
 
 /// One thread writes, one reads, through OpenSSL on blocking sockets, as large pieces as it takes.
-double plain_tls(va::tls_files const& files, std::uint64_t bytes) {
+double plain_tls(hosts const& where, va::tls_files const& files, std::uint64_t bytes) {
     auto context = [&](bool server) {
         auto c =
             std::make_unique<boost::asio::ssl::context>(server ? boost::asio::ssl::context::tlsv13_server : boost::asio::ssl::context::tlsv13_client);
@@ -185,10 +241,11 @@ double plain_tls(va::tls_files const& files, std::uint64_t bytes) {
         c->use_private_key_file(files.key.string(), boost::asio::ssl::context::pem);
         return c;
     };
-    int const listening = ::socket(AF_INET, SOCK_STREAM, 0);
+    auto const new_socket = [] { return ::socket(AF_INET, SOCK_STREAM, 0); };
+    int const listening = where.on_server(new_socket);
     sockaddr_in at{};
     at.sin_family = AF_INET;
-    at.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    ::inet_pton(AF_INET, where.address.c_str(), &at.sin_addr);
     socklen_t size = sizeof at;
     if (::bind(listening, reinterpret_cast<sockaddr*>(&at), size) != 0 || ::listen(listening, 1) != 0) fail("no socket");
     ::getsockname(listening, reinterpret_cast<sockaddr*>(&at), &size);
@@ -208,7 +265,7 @@ double plain_tls(va::tls_files const& files, std::uint64_t bytes) {
         ::SSL_free(ssl);
         ::close(fd);
     });
-    int const fd = ::socket(AF_INET, SOCK_STREAM, 0);
+    int const fd = where.on_client(new_socket);
     if (::connect(fd, reinterpret_cast<sockaddr*>(&at), size) != 0) fail("no connection");
     auto* ssl = ::SSL_new(ours->native_handle());
     ::SSL_set_fd(ssl, fd);
@@ -233,11 +290,12 @@ double plain_tls(va::tls_files const& files, std::uint64_t bytes) {
 
 int main(int argc, char** argv) {
     std::uint64_t size_mb = 512, repeat = 5;
-    bool tls = false;
+    bool tls = false, two_hosts = false;
     std::filesystem::path dir = std::filesystem::temp_directory_path();
     for (int i = 1; i < argc; ++i) {
         std::string const a = argv[i];
         if (a == "--tls") tls = true;
+        if (a == "--two-hosts") tls = two_hosts = true;
         if (a == "--size-mb" && i + 1 < argc) size_mb = std::strtoull(argv[++i], nullptr, 10);
         if (a == "--repeat" && i + 1 < argc) repeat = std::max(1ull, std::strtoull(argv[++i], nullptr, 10));
         if (a == "--dir" && i + 1 < argc) dir = argv[++i];
@@ -245,28 +303,31 @@ int main(int argc, char** argv) {
     dir /= "varve-transfer-" + std::to_string(::getpid());
     std::filesystem::create_directories(dir);
     auto const bytes = size_mb << 20;
+    static hosts const where(two_hosts);  // gone at exit too
     va::monitor_options o;
     o.dir = dir;
-    o.listen = {va::parse_address("tcp:127.0.0.1:0")};
+    o.listen = {va::parse_address("tcp:" + where.address + ":0")};
     o.memory_limit_bytes = 6 * bytes + (std::uint64_t{1} << 30);
     o.linger = 0ms;
     std::shared_ptr<va::tls_context const> client;
     va::tls_files files;
     if (tls) {
-        files = certificates(dir);
+        files = certificates(dir, where.address);
         o.tls = va::load_tls(files, true);
         client = va::load_tls(files, false);
     }
     std::vector<double> ours, theirs;
     {
-        va::monitor monitor(o);
+        auto const made = where.on_server([&] { return std::make_unique<va::monitor>(o); });
+        auto& monitor = *made;
         std::jthread serving([&] { monitor.run(); });
         {
-            sender trainer(monitor.where().front(), client, bytes);
+            auto const sends = where.on_client([&] { return std::make_unique<sender>(monitor.where().front(), client, bytes); });
+            auto& trainer = *sends;
             // Twice unmeasured: what is allocated for a first image is used again afterwards.
             for (int i = 0; i < 3; ++i) trainer.save();
             for (std::uint64_t i = 0; i < repeat; ++i) {
-                theirs.push_back(tls ? plain_tls(files, bytes) : iperf3(15'201 + static_cast<int>(i)));
+                theirs.push_back(tls ? plain_tls(where, files, bytes) : iperf3(15'201 + static_cast<int>(i)));
                 std::this_thread::sleep_for(1s);  // the file of the last save is written by then
                 ours.push_back(trainer.save());
             }
@@ -274,6 +335,6 @@ int main(int argc, char** argv) {
         monitor.stop();
     }
     std::filesystem::remove_all(dir);
-    std::printf("monitor %.3f GB/s, %s %.3f GB/s, ratio %.3f (medians of %zu, %llu MiB)\n", median(ours), tls ? "plain TLS" : "iperf3",
-                median(theirs), median(ours) / median(theirs), ours.size(), static_cast<unsigned long long>(size_mb));
+    std::printf("%s: monitor %.3f GB/s, %s %.3f GB/s, ratio %.3f (medians of %zu, %llu MiB)\n", two_hosts ? "two hosts" : "loopback", median(ours),
+                tls ? "plain TLS" : "iperf3", median(theirs), median(ours) / median(theirs), ours.size(), static_cast<unsigned long long>(size_mb));
 }
