@@ -232,13 +232,16 @@ double iperf3(int port) {
     return json["end"]["sum_received"]["bits_per_second"].get<double>() / 8e9;
 }
 
-/// One thread writes, one reads, through OpenSSL on blocking sockets, as large pieces as it takes.
+/// One thread writes, one reads, through OpenSSL on blocking sockets, in pieces as large as it takes, and many records a call: one
+/// write for each record of 16 KiB is half as fast between two hosts.
 double plain_tls(hosts const& where, va::tls_files const& files, std::uint64_t bytes) {
     auto context = [&](bool server) {
         auto c =
             std::make_unique<boost::asio::ssl::context>(server ? boost::asio::ssl::context::tlsv13_server : boost::asio::ssl::context::tlsv13_client);
         c->use_certificate_chain_file(files.certificate.string());
         c->use_private_key_file(files.key.string(), boost::asio::ssl::context::pem);
+        ::SSL_CTX_set_read_ahead(c->native_handle(), 1);
+        ::SSL_CTX_set_default_read_buffer_len(c->native_handle(), 1u << 20);
         return c;
     };
     auto const new_socket = [] { return ::socket(AF_INET, SOCK_STREAM, 0); };
@@ -268,7 +271,9 @@ double plain_tls(hosts const& where, va::tls_files const& files, std::uint64_t b
     int const fd = where.on_client(new_socket);
     if (::connect(fd, reinterpret_cast<sockaddr*>(&at), size) != 0) fail("no connection");
     auto* ssl = ::SSL_new(ours->native_handle());
-    ::SSL_set_fd(ssl, fd);
+    auto* const buffered = ::BIO_new(::BIO_f_buffer());
+    BIO_set_write_buffer_size(buffered, 1l << 20);
+    ::SSL_set_bio(ssl, ::BIO_new_socket(fd, BIO_NOCLOSE), ::BIO_push(buffered, ::BIO_new_socket(fd, BIO_NOCLOSE)));
     if (::SSL_connect(ssl) != 1) fail("no handshake");
     std::vector<char> piece(8u << 20, 'x');
     auto const since = clock_type::now();
@@ -277,6 +282,7 @@ double plain_tls(hosts const& where, va::tls_files const& files, std::uint64_t b
         if (n <= 0) fail("the plain transfer broke off");
         put += static_cast<std::uint64_t>(n);
     }
+    static_cast<void>(BIO_flush(buffered));
     char last;
     ::SSL_read(ssl, &last, 1);
     auto const rate = gb_per_s(bytes, since);
