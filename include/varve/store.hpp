@@ -159,11 +159,16 @@ public:
             try {
                 auto fd = open(candidate.name);
                 auto identity = detail::restore_file(format_, fd.get(), s, options, touched);
+                // Let go meanwhile, its file may have been written again: without digests nobody has seen that.
+                if (!options.check_digests && !counts(candidate)) {
+                    candidates = candidates_for(step);
+                    continue;
+                }
                 if (s.restored) s.restored();
                 return restored_checkpoint{identity.step, identity.sequence, path() / candidate.name, identity.metadata};
             } catch (error const& e) {
-                if (e.code() == std::errc::no_such_file_or_directory && !counts(candidate)) {
-                    // Let go since it was looked up: by a save that was in flight, which is newer.
+                if (!counts(candidate)) {
+                    // Let go since it was looked up, by a save that was in flight, which is newer.
                     candidates = candidates_for(step);
                     continue;
                 }

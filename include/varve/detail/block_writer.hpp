@@ -42,35 +42,11 @@ public:
 
     /// Opens targets for the saves whose turn it is, oldest first, and submits what they hold.
     void hand_on_turns() {
-        for (;;) {
-            job_ptr job;
-            {
-                std::lock_guard lock(line_.mutex);
-                if (line_.writing >= line_.options.writing_at_once) return;
-                auto it = std::find_if(line_.jobs.begin(), line_.jobs.end(), [](auto const& j) { return j->place == turn::waiting && !j->error; });
-                if (it == line_.jobs.end()) return;
-                job = *it;
-                job->place = turn::opening;
-                ++line_.writing;
-            }
-            std::error_code failed;
-            try {
-                if (files_) {
-                    job->file = files_->acquire();
-                    job->target.emplace(sink_.open({files_->folder(), job->file->name, line_.layout.size_bytes, job->step()}));
-                } else {
-                    job->target.emplace(sink_.open({-1, {}, line_.layout.size_bytes, job->step()}));
-                }
-            } catch (error const& e) {
-                failed = e.code();
-            } catch (std::exception const&) {
-                failed = std::make_error_code(std::errc::not_enough_memory);
-            }
+        while (auto const job = open_next()) {
             std::vector<std::size_t> held;
             bool lost = false;
             {
                 std::lock_guard lock(line_.mutex);
-                if (failed && !job->error) job->error = failed;
                 lost = static_cast<bool>(job->error);
                 job->place = turn::writing;
                 held.swap(job->held);
@@ -93,6 +69,50 @@ public:
     }
 
 private:
+    /// The oldest save whose turn has come, its target open, or its error set; null where none's has.
+    job_ptr open_next() {
+        // A receiver takes saves in the order in which they are opened, by whichever thread.
+        std::unique_lock in_order(opening_, std::defer_lock);
+        if constexpr (relaying_sink<Sink>) {
+            {
+                std::lock_guard lock(line_.mutex);
+                if (!next_locked()) return nullptr;
+            }
+            in_order.lock();
+        }
+        job_ptr job;
+        {
+            std::lock_guard lock(line_.mutex);
+            job = next_locked();
+            if (!job) return nullptr;
+            job->place = turn::opening;
+            ++line_.writing;
+        }
+        std::error_code failed;
+        try {
+            if (files_) {
+                job->file = files_->acquire();
+                job->target.emplace(sink_.open({files_->folder(), job->file->name, line_.layout.size_bytes, job->step()}));
+            } else {
+                job->target.emplace(sink_.open({-1, {}, line_.layout.size_bytes, job->step()}));
+            }
+        } catch (error const& e) {
+            failed = e.code();
+        } catch (std::exception const&) {
+            failed = std::make_error_code(std::errc::not_enough_memory);
+        }
+        if (failed) {
+            std::lock_guard lock(line_.mutex);
+            if (!job->error) job->error = failed;
+        }
+        return job;
+    }
+    job_ptr next_locked() const {
+        if (line_.writing >= line_.options.writing_at_once) return nullptr;
+        auto it = std::find_if(line_.jobs.begin(), line_.jobs.end(), [](auto const& j) { return j->place == turn::waiting && !j->error; });
+        return it == line_.jobs.end() ? nullptr : *it;
+    }
+
     using block_of_sink = varve::block;
 
     static void written(void* context, std::error_code ec) noexcept {
@@ -105,6 +125,7 @@ private:
     line_type& line_;
     Sink& sink_;
     store* const files_;
+    std::mutex opening_;      ///< of a relaying sink's targets
     std::vector<int> slots_;  ///< of the staging's regions, as the sink registered them
 };
 

@@ -73,7 +73,7 @@ struct save_line {
 
     // ---- how a save ends early ----
 
-    /// Ends it with that outcome, on the training thread; false if it was over already.
+    /// Ends it with that outcome; false if it was over already. Without the mutex.
     bool abandon(job_ptr const& job, std::error_code why) {
         std::vector<std::size_t> held;
         {
