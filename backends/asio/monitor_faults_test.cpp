@@ -255,11 +255,16 @@ BOOST_AUTO_TEST_CASE(a_trainer_that_comes_back_is_welcomed_only_after_the_writes
 BOOST_AUTO_TEST_CASE(a_trainer_that_went_while_its_store_was_opened_is_not_in_the_next_ones_way) {
     failing_calls calls;
     std::atomic<bool> held_up = true;
+    auto const go_on = [&] {
+        held_up = false;
+        held_up.notify_all();
+    };
     calls.on_open = [&](int) {
         held_up.wait(true);
         return 0;
     };
     workplace w(true, [&](auto& o) { o.calls = &calls; });
+    std::shared_ptr<void> const at_last(nullptr, [&](void*) { go_on(); });  // whatever this test finds
     auto hello = [](raw_trainer& t) { t.peer.send(t.hello, {t.memory.get()}); };
     auto first = w.trainer(1);
     hello(first);
@@ -269,8 +274,7 @@ BOOST_AUTO_TEST_CASE(a_trainer_that_went_while_its_store_was_opened_is_not_in_th
     hello(next);
     // For longer than one is given whose connection has not ended.
     BOOST_TEST(!next.peer.hears_within(1500ms));
-    held_up = false;
-    held_up.notify_all();
+    go_on();
     BOOST_TEST(next.peer.expect<wire::welcome>().durable_step == 0u);
     next.save(1, 1);
     next.peer.expect<wire::durable>();

@@ -94,9 +94,14 @@ std::shared_ptr<relayed_save> session::begin(std::uint64_t id, std::uint64_t ste
         std::lock_guard lock(mutex_);
         saves_.emplace(id, save);
     }
-    std::vector<outgoing> items;
-    items.push_back(outgoing_of(wire::begin{id, step}));
-    if (enqueue(id, std::move(items))) return save;
+    try {
+        std::vector<outgoing> items;
+        items.push_back(outgoing_of(wire::begin{id, step}));
+        if (enqueue(id, std::move(items))) return save;
+    } catch (std::exception const&) {
+        forget(id);
+        throw;
+    }
     forget(id);
     throw error(errc::monitor_lost, "the monitor is lost: " + why_lost());
 }
@@ -223,7 +228,7 @@ bool session::nothing_queued_locked() const {
 }
 
 void session::wake_locked() {
-    if (std::exchange(woken_, true)) return;
+    if (woken_) return;
     boost::asio::post(dialogue_->context(), [self = shared_from_this()] {
         {
             std::lock_guard lock(self->mutex_);
@@ -231,6 +236,7 @@ void session::wake_locked() {
         }
         self->pump();
     });
+    woken_ = true;
 }
 
 void session::pump() {

@@ -20,6 +20,8 @@ namespace {
 constexpr std::size_t most_sessions = 256;
 /// With `once`: for how long nobody may come before it ends.
 constexpr std::chrono::seconds first_trainer_limit{60};
+/// Of greetings of more than a buffer that are being read, in all: two of the largest.
+constexpr std::uint64_t most_greeting_bytes = 2 * wire::most_hello_bytes;
 /// For a connection to end whose process has.
 constexpr std::chrono::seconds busy_limit{1};
 
@@ -29,7 +31,7 @@ std::string megabytes(std::uint64_t bytes) { return std::to_string((bytes + 999'
 
 core::core(monitor_options options)
     : options_(std::move(options)), news_(boost::asio::make_strand(context_)), work_(context_.get_executor()), first_trainer_(context_),
-      farewell_(context_), budget_(options_.memory_limit_bytes), lingering_(budget_) {}
+      farewell_(context_), budget_(options_.memory_limit_bytes), greetings_(most_greeting_bytes), lingering_(budget_) {}
 core::~core() = default;
 
 void core::listen() {
@@ -262,14 +264,11 @@ void core::attach_trainer(std::filesystem::path const& path, wire::hello hello, 
     first_trainer_.cancel();
 }
 
-memory_budget::lease core::lend(std::uint64_t bytes) {
-    std::lock_guard lock(mutex_);
-    lingering_.make_room({}, bytes);
-    auto lease = budget_.take(bytes);
+memory_budget::lease core::lend_for_greeting(std::uint64_t bytes) {
+    auto lease = greetings_.take(bytes);
     if (!lease)
         throw error(std::make_error_code(std::errc::not_enough_memory),
-                    "a message of " + megabytes(bytes) + " is more than the monitor may hold beside what it has: " + megabytes(budget_.used_bytes()) +
-                        " of " + megabytes(budget_.limit_bytes()));
+                    "others are sending large greetings to the monitor, which has " + megabytes(greetings_.limit_bytes()) + " for them; try again");
     return std::move(*lease);
 }
 

@@ -71,8 +71,8 @@ public:
     /// The trainer's connection has ended; `farewell` where it said so.
     void detach(std::shared_ptr<held_store> const& store, bool farewell);
     void ended(session* s);
-    /// Memory for a large message. Throws std::errc::not_enough_memory.
-    memory_budget::lease lend(std::uint64_t bytes);
+    /// Memory for a large greeting while it is read. Throws std::errc::not_enough_memory.
+    memory_budget::lease lend_for_greeting(std::uint64_t bytes);
 
     /// Nothing where there is no such checkpoint. `store` is what HELLO said; `held` the trainer's own, or null.
     std::optional<found_image> find(std::string const& store, bool over_network, held_store const* held, wire::fetch const& what);
@@ -109,7 +109,7 @@ private:
     std::vector<std::unique_ptr<listener>> listeners_;
     std::vector<address> where_;
     boost::asio::steady_timer first_trainer_, farewell_;
-    memory_budget budget_;
+    memory_budget budget_, greetings_;
 
     mutable std::mutex mutex_;
     std::set<std::shared_ptr<session>> sessions_;

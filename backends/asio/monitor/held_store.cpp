@@ -19,7 +19,7 @@ constexpr std::size_t most_in_flight = 1024;
 /// Saves that may be on their way to here at once, whatever a trainer says.
 constexpr std::size_t most_saves = most_in_flight + 16;
 /// What their tables may take where the trainer's memory is less.
-constexpr std::uint64_t least_for_tables = 64u << 20;
+constexpr std::uint64_t least_for_tables = std::uint64_t{1} << 30;
 
 state state_of(wire::hello const& m) {
     state s;

@@ -92,7 +92,7 @@ bool session::take_frame() {
         refuse("a commit of " + std::to_string(head_->payload_bytes) + " bytes");
     if (left().size() < head_->payload_bytes) {
         if (head_->payload_bytes <= buffer_.size() - wire::header_bytes) return false;
-        if (head_->type == wire::message::hello) hello_memory_ = core_->lend(head_->payload_bytes);
+        if (head_->type == wire::message::hello) hello_memory_ = core_->lend_for_greeting(head_->payload_bytes);
         payload_.assign(left().begin(), left().end());
         begin_ = end_;
         read_payload();

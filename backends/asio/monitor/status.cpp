@@ -15,7 +15,7 @@ std::string core::status() const {
     out["dir"] = varve::detail::printable(options_.dir.string());
     for (auto const& at : where_) out["listen"].push_back(varve::detail::printable(at.text()));
     out["memory_limit_bytes"] = budget_.limit_bytes();
-    out["memory_used_bytes"] = budget_.used_bytes();
+    out["memory_used_bytes"] = budget_.used_bytes() + greetings_.used_bytes();
     out["stores"] = nlohmann::json::array();
     std::lock_guard lock(mutex_);
     out["connections"] = sessions_.size();
