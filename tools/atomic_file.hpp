@@ -4,6 +4,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 #include <cerrno>
+#include <chrono>
 #include <cstring>
 #include <filesystem>
 #include <span>
@@ -29,9 +30,10 @@ public:
         if (::fstatat(folder_.get(), name_.c_str(), &there, 0) == 0 && S_ISDIR(there.st_mode)) errno = EISDIR, fail(path_);
         fd_ = file_descriptor(::openat(folder_.get(), ".", O_RDWR | O_TMPFILE | O_CLOEXEC, 0666), system_calls::kernel());
         if (fd_) return;
-        temporary_ = another_name();
-        fd_ = file_descriptor(::openat(folder_.get(), temporary_.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0666), system_calls::kernel());
+        auto const name = another_name();
+        fd_ = file_descriptor(::openat(folder_.get(), name.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0666), system_calls::kernel());
         if (!fd_) fail(path_);
+        temporary_ = name;
     }
     atomic_file(atomic_file const&) = delete;
     atomic_file& operator=(atomic_file const&) = delete;
@@ -53,9 +55,10 @@ public:
     void commit() {
         if (::fdatasync(fd_.get()) != 0) fail(path_);
         if (temporary_.empty()) {
-            temporary_ = another_name();
             auto const open = "/proc/self/fd/" + std::to_string(fd_.get());
-            if (::linkat(AT_FDCWD, open.c_str(), folder_.get(), temporary_.c_str(), AT_SYMLINK_FOLLOW) != 0) fail(path_);
+            auto const name = another_name();
+            if (::linkat(AT_FDCWD, open.c_str(), folder_.get(), name.c_str(), AT_SYMLINK_FOLLOW) != 0) fail(path_);
+            temporary_ = name;
         }
         if (::renameat(folder_.get(), temporary_.c_str(), folder_.get(), name_.c_str()) != 0) fail(path_);
         temporary_.clear();
@@ -63,7 +66,11 @@ public:
     }
 
 private:
-    static std::string another_name() { return ".varve-" + std::to_string(::getpid()) + ".partial"; }
+    /// Nobody else's: two processes may have one number, each in its container.
+    static std::string another_name() {
+        return ".varve-" + std::to_string(::getpid()) + "-" + std::to_string(std::chrono::steady_clock::now().time_since_epoch().count()) +
+               ".partial";
+    }
     [[noreturn]] static void fail(std::filesystem::path const& where) {
         auto code = last_system_error(errno);
         throw error(code, "cannot write " + detail::printable(where.string()) + ": " + code.message());

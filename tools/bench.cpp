@@ -109,7 +109,11 @@ private:
     void run_method(method_runs& m, std::uint64_t repeat) {
         auto label = m.name;
         if (settings_.run.repeat > 1) label += " (" + std::to_string(repeat + 1) + " of " + std::to_string(settings_.run.repeat) + ")";
-        if (has_files(m)) prepare_bench_store(store_of(m));
+        try {
+            if (has_files(m)) prepare_bench_store(store_of(m));
+        } catch (error const& e) {
+            throw method_failed(label + ": " + e.what());
+        }
         json job{{"settings", to_json(settings_)}, {"method", m.name}, {"store", store_of(m).string()}, {"label", label}};
         auto const child = run_self({"bench-run"}, job.dump());
         if (stop_signals::requested() || child.exit_code == 130)
@@ -128,7 +132,11 @@ private:
         }
         summarise(label, run);
         m.runs.push_back(std::move(run));
-        if (has_files(m) && !settings_.run.keep_checkpoints) remove_bench_store(store_of(m));
+        try {
+            if (has_files(m) && !settings_.run.keep_checkpoints) remove_bench_store(store_of(m));
+        } catch (error const& e) {
+            err_ << label << ": its checkpoints stay: " << e.what() << '\n';
+        }
     }
 
     void summarise(std::string const& label, json const& run) {

@@ -4,10 +4,11 @@
 #include <sys/file.h>
 #include <unistd.h>
 #include <cerrno>
+#include <chrono>
 #include <optional>
 #include <string>
 #include <string_view>
-#include <utility>
+#include <thread>
 
 #include "varve/detail/store_folder.hpp"
 #include "varve/detail/text.hpp"
@@ -31,11 +32,14 @@ bool is_ours(file_descriptor const& folder, std::filesystem::path const& dir) {
     return mark && mark->made_by == bench_name;
 }
 
-/// The store's mark, locked as its writer locks it; not open where there is none, or `busy` where somebody writes the store.
+/// The store's mark, locked as its writer locks it; not open where there is none, or `busy` where somebody goes on writing: who has
+/// just ended, a monitor say, has a moment to let go.
 file_descriptor locked_mark(file_descriptor const& folder, bool& busy) {
     file_descriptor mark(::openat(folder.get(), detail::mark_name.data(), O_RDWR | O_NONBLOCK | O_CLOEXEC), system_calls::kernel());
-    busy = mark && ::flock(mark.get(), LOCK_EX | LOCK_NB) != 0;
-    return busy ? file_descriptor() : std::move(mark);
+    if (!mark) return mark;
+    for (int tries = 0; ::flock(mark.get(), LOCK_EX | LOCK_NB) != 0; ++tries, std::this_thread::sleep_for(std::chrono::milliseconds(20)))
+        if ((busy = tries == 100)) return {};
+    return mark;
 }
 
 }  // namespace
@@ -87,13 +91,12 @@ void remove_bench_store(std::filesystem::path const& dir) {
 void take_over_bench_store(std::filesystem::path const& dir) {
     auto const folder = open_folder(dir);
     if (!is_ours(folder, dir)) return;
-    bool busy = false;
-    auto const mark = locked_mark(folder, busy);
-    if (!mark) return;  // whoever opens the store is told
+    file_descriptor const mark(::openat(folder.get(), detail::mark_name.data(), O_RDWR | O_NONBLOCK | O_CLOEXEC), system_calls::kernel());
     std::string text(detail::most_mark_bytes, '\0');
     auto const size = ::pread(mark.get(), text.data(), text.size(), 0);
     auto const at = std::string_view(text).substr(0, size > 0 ? static_cast<std::size_t>(size) : 0).find(bench_name);
     // As long as the one before, and within a sector: the mark is whole at every moment.
+    errno = 0;
     if (at == std::string_view::npos ||
         ::pwrite(mark.get(), train_name.data(), train_name.size(), static_cast<off_t>(at)) != static_cast<ssize_t>(train_name.size()) ||
         ::fsync(mark.get()) != 0)

@@ -11,7 +11,8 @@ void prepare_bench_store(std::filesystem::path const& dir);
 /// Deletes a store of bench's. Throws errc::store_locked where another process writes it.
 void remove_bench_store(std::filesystem::path const& dir);
 
-/// What train goes on from is train's: bench empties it no more. Does nothing where `dir` is no store of bench's.
+/// What train goes on from is train's: bench empties it no more. Does nothing where `dir` is no store of bench's. For who has it open
+/// to write.
 void take_over_bench_store(std::filesystem::path const& dir);
 
 /// Makes a folder and checks that files can be made in it; throws varve::error that says what `what` is and what to do.

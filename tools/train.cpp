@@ -51,10 +51,10 @@ public:
 
     int run() {
         auto trainer = make_trainer(settings_);
-        take_over_bench_store(settings_.command.dir);
         if (settings_.wants_monitor() || entry_.needs_monitor)
             monitor_.emplace(settings_, settings_.command.dir, settings_.run.linger, [this](std::string const& line) { progress_.line(line); });
         auto method = start(*trainer);
+        take_over_bench_store(settings_.command.dir);
         auto const first = restore(*trainer, *method) + 1;
         auto const last = settings_.training.num_steps;
         if (first > last) {
@@ -107,8 +107,8 @@ private:
         t.expect_same_run(restored->step);
         auto const update = t.update_kernels();
         if (auto const before = restored->metadata.find("update"); before != restored->metadata.end() && before->second != update)
-            progress_.line("the update is " + update + " now and was " + before->second +
-                           ": the bits will not be those of a run without a stop; --update " + before->second + " keeps them");
+            progress_.line("the update is " + update + " now and was " + detail::printable(before->second) +
+                           ": the bits will not be those of a run without a stop; --update " + detail::printable(before->second) + " keeps them");
         progress_.line("goes on from " + restored->path.string() + ", restored in " + short_number(took_sec * 1e3) + " ms (" +
                        short_number(static_cast<double>(method.facts().image_bytes) / 1e9 / took_sec) + " GB/s)");
         return restored->step;
@@ -175,7 +175,7 @@ int train(std::vector<std::string> const& args, std::ostream& out, std::ostream&
     }
     require_trainer();
     check_settings(s, settings_command::train);
-    check_memory(s);
+    if (chosen_device(s) == "cpu") check_memory(s);
     stop_signals signals(true);
     return training_run(s, out, err).run();
 }
