@@ -17,6 +17,14 @@ using namespace varve_test;
 using namespace std::chrono_literals;
 using varve::errc;
 
+/// The monitor takes the save and commits it, and the trainer hears of it.
+void commits(fake_connection& c, trainer& t, varve::ticket const& ticket, std::uint64_t sequence) {
+    auto const save = c.take_save(t.hello);
+    c.finish(save, sequence);
+    BOOST_TEST(!ticket.durable().wait_for(20s));
+    BOOST_TEST(t.holds(save.image, ticket.step()));
+}
+
 }  // namespace
 
 BOOST_AUTO_TEST_SUITE(monitor_lost)
@@ -70,11 +78,7 @@ BOOST_FIXTURE_TEST_CASE(a_run_that_begins_with_a_monitor_that_ends_goes_on_with_
     t.hello = c->greet();
     made.get();
     BOOST_TEST(spawned == 1);
-    auto ticket = t.save(1);
-    auto const save = c->take_save(t.hello);
-    c->finish(save, 1);
-    BOOST_TEST(!ticket.durable().wait_for(20s));
-    BOOST_TEST(t.holds(save.image, 1));
+    commits(*c, t, t.save(1), 1);
 }
 
 BOOST_FIXTURE_TEST_CASE(a_run_that_begins_without_a_monitor_is_told_so, at_socket) {
@@ -104,10 +108,7 @@ BOOST_FIXTURE_TEST_CASE(without_a_monitor_saves_fail_and_training_goes_on, at_so
     auto ticket = t.save(6);
     c = monitor.accept();
     c->greet();
-    auto const save = c->take_save(t.hello);
-    c->finish(save, 1);
-    BOOST_TEST(!ticket.durable().wait_for(20s));
-    BOOST_TEST(t.holds(save.image, 6));
+    commits(*c, t, ticket, 1);
 }
 
 BOOST_FIXTURE_TEST_CASE(blocks_of_a_connection_that_was_lost_wait_for_the_monitors_word, at_socket) {

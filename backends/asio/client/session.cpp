@@ -97,7 +97,7 @@ std::shared_ptr<relayed_save> session::begin(std::uint64_t id, std::uint64_t ste
     try {
         std::vector<outgoing> items;
         items.push_back(outgoing_of(wire::begin{id, step}));
-        if (enqueue(id, std::move(items))) return save;
+        if (enqueue(std::move(items), id)) return save;
     } catch (std::exception const&) {
         forget(id);
         throw;
@@ -149,21 +149,21 @@ bool session::send(std::uint64_t id, std::uint64_t offset_bytes, block const& b,
     }
     items.back().done = done;
     items.back().kept = std::move(kept);
-    return enqueue(id, std::move(items));
+    return enqueue(std::move(items), id);
 }
 
 bool session::commit(std::uint64_t id, commit_values const& values, std::span<std::uint64_t const> chunk_digests) {
     std::vector<outgoing> items;
     items.push_back(outgoing_of(wire::commit{id, values.metadata, {chunk_digests.begin(), chunk_digests.end()}}));
     saw_commit_ = true;
-    return enqueue(id, std::move(items), true);
+    return enqueue(std::move(items), id, true);
 }
 
 void session::abandon(std::uint64_t id) noexcept {
     try {
         std::vector<outgoing> items;
         items.push_back(outgoing_of(wire::abandon{id}));
-        enqueue(id, std::move(items), true);
+        enqueue(std::move(items), id, true);
     } catch (std::exception const&) {
         // The monitor discards it with the connection at the latest.
     }
@@ -192,21 +192,16 @@ session::outgoing session::outgoing_of(Message const& m, std::span<std::byte con
     return out;
 }
 
-bool session::enqueue(std::vector<outgoing> items) {
+bool session::enqueue(std::vector<outgoing> items, std::optional<std::uint64_t> save, bool ends) {
     std::lock_guard lock(mutex_);
     if (lost_) return false;
-    queue_.insert(queue_.end(), std::make_move_iterator(items.begin()), std::make_move_iterator(items.end()));
-    wake_locked();
-    return true;
-}
-
-bool session::enqueue(std::uint64_t id, std::vector<outgoing> items, bool ends) {
-    if (!settings_.regions.empty()) return enqueue(std::move(items));
-    std::lock_guard lock(mutex_);
-    if (lost_) return false;
-    auto& of = payloads_[id];
-    of.queue.insert(of.queue.end(), std::make_move_iterator(items.begin()), std::make_move_iterator(items.end()));
-    of.ended = of.ended || ends || !saves_.contains(id);
+    auto* queue = &queue_;
+    if (save && settings_.regions.empty()) {
+        auto& of = payloads_[*save];
+        of.ended = of.ended || ends || !saves_.contains(*save);
+        queue = &of.queue;
+    }
+    queue->insert(queue->end(), std::make_move_iterator(items.begin()), std::make_move_iterator(items.end()));
     wake_locked();
     return true;
 }
@@ -386,11 +381,12 @@ void session::lose(std::string const& why, bool leave_open) noexcept {
         dialogue_->stream().close();
     silence_.cancel();
     end_.cancel();
-    for (auto const& o : unsent)
-        if (o.done.done) o.done(errc::monitor_lost);
-    for (auto const& [id, of] : unsent_payloads)
-        for (auto const& o : of.queue)
+    auto const end = [](std::deque<outgoing> const& queue) {
+        for (auto const& o : queue)
             if (o.done.done) o.done(errc::monitor_lost);
+    };
+    end(unsent);
+    for (auto const& [id, of] : unsent_payloads) end(of.queue);
     for (auto const& [id, save] : waiting) save->failed(errc::monitor_lost);
 }
 

@@ -79,10 +79,8 @@ private:
 
     template <class Message>
     static outgoing outgoing_of(Message const& m, std::span<std::byte const> behind = {});
-    /// False where the connection is lost.
-    bool enqueue(std::vector<outgoing> items);
-    /// What belongs to a save: its BEGIN, its blocks, and at last, `ends`, its COMMIT or ABANDON.
-    bool enqueue(std::uint64_t id, std::vector<outgoing> items, bool ends = false);
+    /// Of a save its BEGIN, its blocks, and at last, `ends`, its COMMIT or ABANDON. False where the connection is lost.
+    bool enqueue(std::vector<outgoing> items, std::optional<std::uint64_t> save = {}, bool ends = false);
     outgoing* next_locked();
     bool nothing_queued_locked() const;
     void wake_locked();
