@@ -32,13 +32,14 @@ bool is_ours(file_descriptor const& folder, std::filesystem::path const& dir) {
     return mark && mark->made_by == bench_name;
 }
 
-/// The store's mark, locked as its writer locks it; not open where there is none, or `busy` where somebody goes on writing: who has
-/// just ended, a monitor say, has a moment to let go.
-file_descriptor locked_mark(file_descriptor const& folder, bool& busy) {
+/// The store's mark, locked as its writer locks it; not open where there is none. Who has just ended, a monitor say, has a moment to
+/// let go; throws errc::store_locked where somebody goes on writing.
+file_descriptor locked_mark(file_descriptor const& folder, std::filesystem::path const& dir) {
     file_descriptor mark(::openat(folder.get(), detail::mark_name.data(), O_RDWR | O_NONBLOCK | O_CLOEXEC), system_calls::kernel());
-    if (!mark) return mark;
-    for (int tries = 0; ::flock(mark.get(), LOCK_EX | LOCK_NB) != 0; ++tries, std::this_thread::sleep_for(std::chrono::milliseconds(20)))
-        if ((busy = tries == 100)) return {};
+    for (int tries = 0; mark && ::flock(mark.get(), LOCK_EX | LOCK_NB) != 0; ++tries, std::this_thread::sleep_for(std::chrono::milliseconds(20)))
+        if (tries == 100)
+            throw error(errc::store_locked,
+                        "'" + dir.string() + "': another process is writing to this store; wait for it or give another --checkpoint-dir");
     return mark;
 }
 
@@ -75,11 +76,7 @@ void prepare_bench_store(std::filesystem::path const& dir) {
 void remove_bench_store(std::filesystem::path const& dir) {
     auto const folder = open_folder(dir);
     if (!folder) return;
-    bool busy = false;
-    auto const lock = locked_mark(folder, busy);
-    if (busy)
-        throw error(errc::store_locked,
-                    "'" + dir.string() + "': another process is writing to this store; wait for it or give another --checkpoint-dir");
+    auto const lock = locked_mark(folder, dir);
     // A store is flat. The mark goes last, so that a run that is killed here leaves a folder that still says whose it is.
     for (auto const& name : detail::names_in(folder.get()))
         if (name != detail::mark_name) ::unlinkat(folder.get(), name.c_str(), 0);

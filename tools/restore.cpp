@@ -60,8 +60,7 @@ source find_source(request const& r, std::ostream& err) {
             try {
                 return open_source(c.path, r.verify, err);
             } catch (error const& e) {
-                // By a writer, since it was listed: then a newer one is there.
-                let_go = e.code() == std::errc::no_such_file_or_directory && !std::filesystem::exists(std::filesystem::symlink_status(c.path));
+                let_go = was_let_go(e, c.path);
                 if (let_go) break;
                 if (e.code().category() != category() || e.code() == errc::unsupported) throw;
                 err << "broken: " << e.what() << '\n';

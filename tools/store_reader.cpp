@@ -53,6 +53,10 @@ void expect_all_read(listed_store const& listed, std::optional<std::uint64_t> st
     }
 }
 
+bool was_let_go(error const& why, std::filesystem::path const& path) {
+    return why.code() == std::errc::no_such_file_or_directory && !std::filesystem::exists(std::filesystem::symlink_status(path));
+}
+
 std::unique_ptr<checkpoint_file> open_newest(std::filesystem::path const& path) {
     if (!std::filesystem::is_directory(path)) return open_checkpoint(path);
     for (;;) {
@@ -67,8 +71,7 @@ std::unique_ptr<checkpoint_file> open_newest(std::filesystem::path const& path) 
         try {
             return open_checkpoint(newest);
         } catch (error const& e) {
-            // Let go by a writer since it was listed: a newer one is there.
-            if (e.code() != std::errc::no_such_file_or_directory || std::filesystem::exists(std::filesystem::symlink_status(newest))) throw;
+            if (!was_let_go(e, newest)) throw;
         }
     }
 }

@@ -7,6 +7,8 @@
 #include <string>
 #include <vector>
 
+#include "varve/error.hpp"
+
 #include "checkpoint_file.hpp"
 
 namespace varve::tool {
@@ -38,6 +40,9 @@ std::vector<std::filesystem::path> checkpoint_paths(std::filesystem::path const&
 
 /// Throws for the first of the broken files that could not be looked at, since it may be the newest checkpoint; `step`: of that step alone.
 void expect_all_read(listed_store const& listed, std::optional<std::uint64_t> step = {});
+
+/// Whether opening a listed checkpoint failed because a writer has let it go since: then a newer one is there.
+bool was_let_go(error const& why, std::filesystem::path const& path);
 
 /// `path` itself if it is a file; in a store its newest checkpoint, of those that were not let go meanwhile. Throws
 /// errc::no_checkpoint where there is none.
