@@ -31,9 +31,11 @@ public:
     void run(std::stop_token stop) {
         std::unique_lock lock(line_.mutex);
         for (;;) {
-            if (!line_.staged_work.wait(lock, stop, [&] { return !line_.staged.empty(); })) return;
+            if (!line_.staged_work.wait(lock, stop, [&] { return line_.has_staged(); })) return;
             auto [job, index] = std::move(line_.staged.front());
             line_.staged.pop_front();
+            if (job->hashed_aside) line_.one_waits = true;
+            if (line_.has_staged()) line_.staged_work.notify_one();
             lock.unlock();
             finish_staging(job, index);
             job.reset();
@@ -52,6 +54,10 @@ private:
         {
             [[maybe_unused]] typename line_type::snapshot_type free;
             std::lock_guard lock(line_.mutex);
+            if (job->hashed_aside) {
+                line_.one_waits = false;
+                if (line_.has_staged()) line_.staged_work.notify_one();
+            }
             all_staged = ++job->blocks_staged == line_.blocks() && !job->error;
             if (all_staged) free = std::exchange(job->snapshot, {});
             lost = static_cast<bool>(job->error);

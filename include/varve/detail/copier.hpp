@@ -1,6 +1,5 @@
 #pragma once
 
-#include <algorithm>
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
@@ -34,9 +33,7 @@ public:
     using job_ptr = typename line_type::job_ptr;
     using block_type = typename line_type::block_type;
 
-    copier(line_type& line, Staging& staging, block_writer<Staging, Sink>& writer)
-        : line_(line), staging_(staging), writer_(writer),
-          blocks_per_save_(std::max<std::uint64_t>(1, line.options.batch_bytes / staging.block_bytes())) {}
+    copier(line_type& line, Staging& staging, block_writer<Staging, Sink>& writer) : line_(line), staging_(staging), writer_(writer) {}
 
     /// Copies until it is to stop.
     void run(std::stop_token stop) {
@@ -99,7 +96,7 @@ private:
         else
             return false;
     }
-    bool has_room(job_type const& job) const { return job.open_blocks < blocks_per_save_; }
+    bool has_room(job_type const& job) const { return job.open_blocks < line_.blocks_at_once; }
     /// A save that may have to give way is not copied from its snapshot before its turn: the next one takes the snapshot over at
     /// once, and what never gets to the sink does not use up the way there.
     bool stays_aside(job_type const& job) const {
@@ -163,7 +160,7 @@ private:
         line_.staged.push_back({job, job->next_block});
         ++job->next_block;
         job->next_part = 0;
-        line_.staged_work.notify_one();
+        if (line_.has_staged()) line_.staged_work.notify_one();
     }
 
     /// Has the staging fill the next part's layer into the block, from its tensors or from the snapshot; without the mutex.
@@ -212,7 +209,6 @@ private:
     line_type& line_;
     Staging& staging_;
     block_writer<Staging, Sink>& writer_;
-    std::size_t const blocks_per_save_;
     std::vector<copy_range> ranges_;  ///< scratch
 };
 

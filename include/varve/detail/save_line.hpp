@@ -48,7 +48,8 @@ struct save_line {
     };
 
     save_line(varve::state const& s, image laid_out, std::size_t block_bytes, copy_moment when, checkpointer_options const& o)
-        : state(s), options(o), copies(when), layout(std::move(laid_out)), map(layout, s, block_bytes), layers(s.layers.size()) {
+        : state(s), options(o), copies(when), layout(std::move(laid_out)), map(layout, s, block_bytes),
+          blocks_at_once(std::max<std::uint64_t>(1, o.batch_bytes / block_bytes)), layers(s.layers.size()) {
         for (std::size_t l = 0; l < layers.size(); ++l)
             for (auto const& t : s.layers[l].tensors) layers[l].bytes += t.size_bytes();
     }
@@ -133,20 +134,25 @@ struct save_line {
             std::lock_guard lock(mutex);
             if (--block.open_ends > 0) return;
             free = std::move(block.buffer);
-            --block.job->open_blocks;
-            // Woken under the lock: a committer that takes the job away cannot destroy what is notified here.
-            copy_work.notify_one();
-            commit_work.notify_one();
+            auto& job = *block.job;
+            // Woken under the lock: a committer that takes the job away cannot destroy what is notified here. And nobody for
+            // nothing: a thread that wakes costs the training's processors more than the work that it would find.
+            if (job.open_blocks-- == blocks_at_once) copy_work.notify_one();
+            if (job.over()) commit_work.notify_one();
         }
     }
+
+    /// Whether a worker has a block to take. With the mutex held.
+    bool has_staged() const { return !staged.empty() && !(one_waits && staged.front().job->hashed_aside); }
 
     varve::state const& state;
     checkpointer_options const options;
     copy_moment const copies;
     image const layout;
     block_map const map;
-    bool hashes = true;       ///< whether the digests are made here; set before there are threads
-    std::stop_source cancel;  ///< of waiting for buffers
+    std::size_t const blocks_at_once;  ///< of one save, between the tensors and the sink
+    bool hashes = true;                ///< whether the digests are made here; set before there are threads
+    std::stop_source cancel;           ///< of waiting for buffers
 
     mutable std::mutex mutex;
     std::condition_variable_any copy_work, staged_work, commit_work;  ///< for the copier, the workers and the committer
@@ -156,6 +162,9 @@ struct save_line {
     /// allocation of more than a kilobyte costs 0.1 ms: the C library puts all that was freed together first.
     job_ptr spare;
     std::deque<staged_block> staged;  ///< from the copier to the workers
+    /// A worker waits for the copies of a block whose digests are made elsewhere. The next block's are over after this one's, so
+    /// the others need not wait as well: each signal of a GPU wakes every thread that waits for one.
+    bool one_waits = false;
     std::vector<layer_copies> layers;
     std::size_t writing = 0;  ///< saves whose turn it is
     bool cancelling = false;  ///< what was handed over is not waited for any longer
