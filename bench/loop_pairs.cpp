@@ -6,7 +6,8 @@
 // --repeat is the number of pairs, --num-steps the steps of each half, --warmup the steps before them. A pair begins with nothing in
 // flight; what is in flight when a half ends is waited for outside of the clock. One line of JSON for each method: the loop's ratio
 // (median, and the interval that holds the true one with a probability of 95%), and what the processor did meanwhile, in
-// milliseconds a step, with and without saves: how long the training's threads ran, and how long they stood ready while others ran.
+// milliseconds a step, with and without saves: how long the training's threads ran, and how long they stood ready while others ran;
+// and with saves each thread by its name, as the kernel has it.
 
 #include <algorithm>
 #include <chrono>
@@ -15,6 +16,7 @@
 #include <filesystem>
 #include <fstream>
 #include <iostream>
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
@@ -56,6 +58,17 @@ struct processor_time {
     }
 };
 
+/// What each of this process's threads has run, in ms; those of one name together.
+std::map<std::string, double> ran_by_name() {
+    std::map<std::string, double> out;
+    for (auto id : threads_of_this_process()) {
+        auto const task = "/proc/self/task/" + std::to_string(id);
+        std::ifstream comm(task + "/comm");
+        if (std::string name; std::getline(comm, name)) out[name] += processor_time({id}).ran;
+    }
+    return out;
+}
+
 /// Of one half, in ms a step.
 struct half {
     double loop_ms = 0, in_calls_ms = 0, training_ran_ms = 0, training_ready_ms = 0, others_ran_ms = 0;
@@ -86,6 +99,7 @@ public:
         others_ = threads_of_this_process();
         std::erase_if(others_, [&](int id) { return std::count(training_.begin(), training_.end(), id) > 0; });
         tickets_.clear();
+        ran_.clear();
         std::vector<half> with, without;
         std::vector<double> ratios;
         for (std::uint64_t pair = 0; pair < settings_.run.repeat; ++pair) {
@@ -97,6 +111,7 @@ public:
         method.reset();
         if (monitor) monitor->end();
         std::filesystem::remove_all(m.dir);
+        for (auto& [thread, ms] : ran_) ms /= static_cast<double>(with.size() * settings_.training.num_steps);
         auto const verdict = reporting::judge(std::move(ratios));
         auto each = [&](double half::* value) {
             auto of = [&](std::vector<half> const& halves) {
@@ -117,6 +132,7 @@ public:
                 {"training_threads_ran_ms", each(&half::training_ran_ms)},
                 {"training_threads_ready_ms", each(&half::training_ready_ms)},
                 {"other_threads_ran_ms", each(&half::others_ran_ms)},
+                {"ran_ms", ran_},
                 {"saves", tickets_.size()},
                 {"crash_safe", crash_safe},
                 {"durable", durable}};
@@ -126,6 +142,7 @@ private:
     half stretch(running_method& method, bool saves) {
         auto const steps = settings_.training.num_steps, freq = settings_.training.checkpoint_freq;
         processor_time const training_before(training_), others_before(others_);
+        auto const names_before = saves ? ran_by_name() : std::map<std::string, double>();
         auto const calls_before_ns = method.stalls().total_ns;
         auto const start = clock::now();
         for (std::uint64_t i = 1; i <= steps; ++i) {
@@ -141,6 +158,11 @@ private:
         h.training_ran_ms = per_step(training_after.ran - training_before.ran);
         h.training_ready_ms = per_step(training_after.ready - training_before.ready);
         h.others_ran_ms = per_step(others_after.ran - others_before.ran);
+        if (saves)
+            for (auto const& [thread, ms] : ran_by_name()) {
+                auto const before = names_before.find(thread);
+                ran_[thread] += ms - (before == names_before.end() ? 0 : before->second);
+            }
         method.drain();
         return h;
     }
@@ -150,6 +172,7 @@ private:
     std::unique_ptr<trainer> trainer_;
     std::uint64_t step_ = 0;
     std::vector<int> training_, others_;
+    std::map<std::string, double> ran_;  ///< in halves with saves
     std::vector<varve::ticket> tickets_;
 };
 

@@ -11,6 +11,7 @@
 
 #include "varve/detail/file_request.hpp"
 #include "varve/detail/open_file.hpp"
+#include "varve/detail/thread_name.hpp"
 #include "varve/system.hpp"
 
 namespace varve::detail {
@@ -59,6 +60,7 @@ private:
 
     template <class CarryOut>
     void work(std::stop_token stop, CarryOut carry_out) noexcept {
+        name_this_thread("varve-pieces");
         for (;;) {
             {
                 std::unique_lock lock(mutex_);

@@ -25,6 +25,7 @@
 #include "varve/detail/committer.hpp"
 #include "varve/detail/copier.hpp"
 #include "varve/detail/save_line.hpp"
+#include "varve/detail/thread_name.hpp"
 #include "varve/error.hpp"
 #include "varve/image.hpp"
 #include "varve/state.hpp"
@@ -58,10 +59,19 @@ public:
             sink.introduce({s, line_.layout, format.extension(), staging.block_bytes(), in_flight, options.busy});
             line_.hashes = sink.takes_digests();
         }
-        copying_ = std::jthread([this](std::stop_token stop) { copier_.run(stop); });
+        copying_ = std::jthread([this](std::stop_token stop) {
+            name_this_thread("varve-copy");
+            copier_.run(stop);
+        });
         for (unsigned i = 0; i < std::max(1u, options.digest_workers); ++i)
-            workers_.emplace_back([this](std::stop_token stop) { worker_.run(stop); });
-        committing_ = std::jthread([this](std::stop_token stop) { committer_.run(stop); });
+            workers_.emplace_back([this](std::stop_token stop) {
+                name_this_thread("varve-worker");
+                worker_.run(stop);
+            });
+        committing_ = std::jthread([this](std::stop_token stop) {
+            name_this_thread("varve-commit");
+            committer_.run(stop);
+        });
     }
 
     pipeline(pipeline const&) = delete;

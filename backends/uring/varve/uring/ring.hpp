@@ -17,6 +17,7 @@
 
 #include "varve/detail/file_request.hpp"
 #include "varve/detail/open_file.hpp"
+#include "varve/detail/thread_name.hpp"
 #include "varve/error.hpp"
 #include "varve/system.hpp"
 #include "varve/uring/registered_memory.hpp"
@@ -38,7 +39,10 @@ public:
         throw_if_refused(handle_.open(static_cast<unsigned>(flights_.size()) + 1));
         for (auto& f : flights_) free_.push_back(&f);
         memory_.prepare(handle_.get());
-        thread_ = std::thread([this] { run(); });
+        thread_ = std::thread([this] {
+            detail::name_this_thread("varve-ring");
+            run();
+        });
     }
 
     /// Nothing may be in flight.
