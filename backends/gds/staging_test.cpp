@@ -95,7 +95,7 @@ BOOST_AUTO_TEST_CASE(two_blocks_and_a_very_slow_sink_mix_no_steps) {
 }
 
 BOOST_AUTO_TEST_CASE(host_tensors_have_been_read_when_copy_returns_though_the_stream_is_held_back) {
-    if (!have_gpu()) return;
+    if (!have_gpu() || !can_hold_streams()) return;
     user_stream own;
     // Many small ones and a large one, with something from the GPU between: more than all the pieces hold.
     std::vector<std::byte> small(5, std::byte{3}), large(6u << 20, std::byte{4});
@@ -157,6 +157,7 @@ BOOST_AUTO_TEST_CASE(digests_of_a_buffer_are_the_librarys_from_several_threads) 
 
 BOOST_AUTO_TEST_CASE(a_stream_that_is_captured_is_refused_and_the_capture_goes_on) {
     if (!have_gpu()) return;
+    if (initchecked()) return skip("behind a capture initcheck takes bytes for unwritten that are found right below");
     user_stream own;
     device_model model;
     auto log = std::make_shared<checking_sink::log>();
