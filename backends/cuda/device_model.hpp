@@ -21,6 +21,7 @@
 #include <utility>
 #include <vector>
 
+#include "checking_sink.hpp"
 #include "support.hpp"
 #include "varve/checkpointer.hpp"
 #include "varve/cuda/pinned_staging.hpp"
@@ -83,34 +84,10 @@ struct user_stream {
     cudaStream_t stream = nullptr;
 };
 
-/// A door; what passes it waits while it is closed.
-class gate {
-public:
-    void close() {
-        std::lock_guard lock(mutex_);
-        open_ = false;
-    }
-    void open() {
-        {
-            std::lock_guard lock(mutex_);
-            open_ = true;
-        }
-        changed_.notify_all();
-    }
-    void pass() {
-        std::unique_lock lock(mutex_);
-        changed_.wait(lock, [&] { return open_; });
-    }
-    /// Holds the stream back, too.
-    void hold(cudaStream_t stream) {
-        expect(::cudaLaunchHostFunc(stream, [](void* g) { static_cast<gate*>(g)->pass(); }, this));
-    }
-
-private:
-    std::mutex mutex_;
-    std::condition_variable changed_;
-    bool open_ = true;
-};
+/// Holds the stream back while the door is closed.
+inline void hold(cudaStream_t stream, gate& door) {
+    expect(::cudaLaunchHostFunc(stream, [](void* g) { static_cast<gate*>(g)->pass(); }, &door));
+}
 
 /// Layers of bytes in GPU memory, each with a few in host memory, of odd sizes so that nothing stays aligned. Every byte
 /// says the step of the last update.
@@ -149,62 +126,12 @@ private:
     varve::state state_;
 };
 
-/// Keeps, of every image that was synced, the step that all of its bytes say; -1 where they do not agree.
-class checking_sink {
-public:
-    struct log {
-        std::chrono::milliseconds delay{0};
-        gate door;
-        std::atomic<std::size_t> writes{0};
-        std::mutex mutex;
-        std::vector<int> steps;
-    };
-    checking_sink(varve::state const& s, std::shared_ptr<log> l) : data_offset_(varve::safetensors{}.lay_out(s).header_bytes), log_(std::move(l)) {}
-
-    class target_type {
-    public:
-        target_type(varve::memory_sink memory, std::uint64_t data_offset, std::shared_ptr<log> l, varve::open_request const& r)
-            : memory_(std::move(memory)), image_(memory_.open(r)), data_offset_(data_offset), log_(std::move(l)) {}
-        target_type(target_type&&) = default;
-        target_type& operator=(target_type&&) = default;
-
-        void write(std::uint64_t offset_bytes, varve::block const& b, varve::completion c) noexcept {
-            log_->door.pass();
-            std::this_thread::sleep_for(log_->delay);
-            ++log_->writes;
-            if (b.memory != varve::memory_kind::device) return image_.write(offset_bytes, b, c);
-            std::vector<std::byte> fetched(b.size_bytes);
-            auto failed = varve::cuda::code_of(::cudaMemcpy(fetched.data(), b.data, b.size_bytes, cudaMemcpyDefault));
-            if (failed) return c(failed);
-            image_.write(offset_bytes, {fetched.data(), fetched.size()}, c);
-        }
-        std::error_code sync() noexcept {
-            if (auto ec = image_.sync()) return ec;
-            auto bytes = memory_.newest();
-            auto const* first = bytes->data() + data_offset_;
-            auto size = bytes->size() - data_offset_;
-            bool whole = std::memcmp(first, first + 1, size - 1) == 0;
-            std::lock_guard lock(log_->mutex);
-            log_->steps.push_back(whole ? std::to_integer<int>(*first) : -1);
-            return {};
-        }
-
-    private:
-        varve::memory_sink memory_;
-        varve::memory_sink::target_type image_;
-        std::uint64_t data_offset_;
-        std::shared_ptr<log> log_;
-    };
-
-    target_type open(varve::open_request const& r) { return {varve::memory_sink{}, data_offset_, log_, r}; }
-    varve::sink_limits limits() const { return {}; }
-    static constexpr bool accepts(varve::memory_kind) noexcept { return true; }
-    std::string describe() const { return "checks what it is given"; }
-
-private:
-    std::uint64_t data_offset_;
-    std::shared_ptr<log> log_;
+struct fetch_from_device {
+    std::error_code operator()(std::byte* to, varve::block const& b) const noexcept {
+        return varve::cuda::code_of(::cudaMemcpy(to, b.data, b.size_bytes, cudaMemcpyDefault));
+    }
 };
+using checking_sink = checking_sink_by<fetch_from_device>;
 
 /// Saves two steps of three to a sink that takes its time, while training goes on; every checkpoint is of one step. `update(ck, step, saves)` updates
 /// each layer, and announces it where the step is saved.

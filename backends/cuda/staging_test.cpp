@@ -61,7 +61,7 @@ BOOST_AUTO_TEST_CASE(a_copy_follows_the_work_that_was_recorded) {
     auto buffer = staging.acquire(never.get_token());
     gate door;
     door.close();
-    door.hold(own.stream);
+    hold(own.stream, door);
     expect(::cudaMemsetAsync(bytes.data, 7, block, own.stream));
     auto token = staging.copy(buffer, std::array{varve::copy_range{&t, 0, block, 0}}, staging.record({own.stream}));
     auto done = std::async(std::launch::async, [&] { return token.wait(); });
@@ -119,7 +119,7 @@ BOOST_AUTO_TEST_CASE(the_time_that_a_stream_waits_for_a_copy_is_measured_where_i
         auto buffer = staging.acquire(never.get_token());
         gate door;
         door.close();
-        door.hold(other.stream);
+        hold(other.stream, door);
         auto token = staging.copy(buffer, std::array{varve::copy_range{&t, 0, block, 0}}, staging.record({other.stream}));
         BOOST_TEST(!staging.order_after(token, {own.stream}));
         // Not yet over, and asking does not wait.
@@ -219,7 +219,7 @@ BOOST_AUTO_TEST_CASE(a_copy_in_pieces_is_whole_and_behind_what_was_taken) {
     for (int round = 0; round < 2; ++round) {
         auto snapshot = staging.acquire_snapshot();
         door.close();
-        door.hold(training.stream);
+        hold(training.stream, door);
         expect(::cudaMemcpyAsync(memory.data, source.data, size, cudaMemcpyDefault, training.stream));
         auto const taken = staging.take(snapshot, std::array{std::size_t{0}}, std::array{staging.record({training.stream})});
         std::stop_source never;

@@ -84,7 +84,7 @@ BOOST_AUTO_TEST_CASE(a_read_follows_what_is_in_the_stream_then) {
     varve::cuda::transfer way(training.stream);
     gate door;
     door.close();
-    door.hold(training.stream);
+    hold(training.stream, door);
     expect(::cudaMemsetAsync(from.memory[0]->data, 9, 100, training.stream));
     auto const reader = way.read(from.list());
     auto read = std::async(std::launch::async, [&] { return reader->next(); });

@@ -108,7 +108,7 @@ BOOST_AUTO_TEST_CASE(host_tensors_have_been_read_when_copy_returns_though_the_st
     auto buffer = s.acquire(never.get_token());
     gate door;
     door.close();
-    door.hold(own.stream);
+    hold(own.stream, door);
     expect(::cudaMemsetAsync(gpu.data, 7, 1000, own.stream));
     std::vector<varve::copy_range> ranges;
     for (std::size_t i = 0; i < 100; ++i) ranges.push_back({&ts, 0, 5, 5 * i});

@@ -75,7 +75,7 @@ public:
     /// The GPU does not get to what is enqueued from now on within the next milliseconds. The future's end waits for them.
     std::future<void> hold() {
         door_.close();
-        door_.hold(stream_);
+        varve_test::hold(stream_, door_);
         return std::async(std::launch::async, [this] {
             std::this_thread::sleep_for(10ms);
             door_.open();

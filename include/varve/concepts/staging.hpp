@@ -130,9 +130,11 @@ concept snapshot_digest = requires(S& s, S const& c, typename S::snapshot_type c
 ///     tokens of all copies from it were waited for (not that of take: the next one taken there follows it);
 ///  3. `acquire_snapshot()` is noexcept and returns an empty one where none is free;
 ///  4. `take(snapshot, layers, points)` is noexcept and puts the layers' tensors aside once the work before the points is done;
-///     its token counts as that of a copy: tensors in host memory have been read when it returns;
+///     its token counts as that of a copy: tensors in host memory have been read when it returns. Whatever was taken before is
+///     there before it;
 ///  5. `copy(buffer, buffer_offset_bytes, snapshot, offset_bytes, size_bytes, taken)` is noexcept and copies that range of
-///     the image's data, counted from its start, once `taken`, the token of the layers there, is ready.
+///     the image's data, counted from its start, once `taken`, the token of the layers there, is ready; where that is with an
+///     error, the copy's token has one, too.
 /// The training thread acquires and takes; the copying thread copies.
 template <class S>
 concept snapshotting_staging = staging<S> && detail::staging_has::snapshots<S>;

@@ -47,6 +47,7 @@ public:
         line_.options.observers.on({.what = milestone::begin, .step = step, .bytes = line_.layout.size_bytes});
         std::lock_guard lock(line_.mutex);
         line_.jobs.push_back(job);
+        line_.newest = job.get();
         return job;
     }
 

@@ -1,6 +1,5 @@
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <exception>
 #include <mutex>
@@ -143,8 +142,8 @@ private:
         {
             std::lock_guard lock(line_.mutex);
             std::erase(line_.jobs, job);
-            // With no save in flight no copy is on its way, and a caller who never asks does not gather tokens.
-            if (std::all_of(line_.jobs.begin(), line_.jobs.end(), [](auto const& j) { return j->place == turn::handed; }))
+            // No copy is on its way then, not even into the snapshot of a save that was lost before, and no update need wait.
+            if (!outcome && job.get() == line_.newest)
                 for (auto& l : line_.layers) l.copies.clear();
         }
         line_.wake_all();

@@ -158,6 +158,7 @@ struct save_line {
     std::condition_variable_any copy_work, staged_work, commit_work;  ///< for the copier, the workers and the committer
     std::condition_variable layer_copied, idle;                       ///< for the training thread
     std::deque<job_ptr> jobs;                                         ///< in step order, until they are committed or lost
+    job_type const* newest = nullptr;                                 ///< the one that was begun last; only to be compared
     /// The next save's, made by the copying thread. In a training that makes and frees small objects by the thousand, a single
     /// allocation of more than a kilobyte costs 0.1 ms: the C library puts all that was freed together first.
     job_ptr spare;

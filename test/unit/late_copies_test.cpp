@@ -1,0 +1,250 @@
+#include <boost/test/unit_test.hpp>
+
+#include <algorithm>
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <string>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#include <varve/checkpointer.hpp>
+#include <varve/conformance/staging.hpp>
+#include <varve/scheduling/async.hpp>
+#include <varve/scheduling/layerwise.hpp>
+#include <varve/scheduling/sync.hpp>
+
+#include "checking_sink.hpp"
+#include "late_device.hpp"
+#include "support.hpp"
+
+namespace {
+
+using namespace varve_test;
+using namespace std::chrono_literals;
+constexpr std::size_t block = varve::block_unit_bytes;
+
+/// Of memory that the host reaches: none is to be fetched.
+struct fetch_nothing {
+    std::error_code operator()(std::byte*, varve::block const&) const noexcept { return std::make_error_code(std::errc::not_supported); }
+};
+using checking_sink = checking_sink_by<fetch_nothing>;
+template <class Scheduling>
+using checkpointer = varve::checkpointer<late_staging, Scheduling, checking_sink>;
+
+/// Layers that a stream updates late, each with a few bytes that the CPU updates at once. Every byte says the step of the last
+/// update, but for the time of one, in which it says nothing true.
+class late_model {
+public:
+    late_model() {
+        for (std::size_t l = 0; l < 3; ++l) {
+            auto name = "layer" + std::to_string(l);
+            auto& w = weights_.emplace_back(block + 4099 + l);
+            auto& s = scalars_.emplace_back(5 + l);
+            state_.layers.push_back(
+                {name,
+                 {{name + ".weight", varve::dtype::U8, {static_cast<std::int64_t>(w.size())}, w.data(), {}, varve::memory_kind::device},
+                  {name + ".scalar", varve::dtype::U8, {static_cast<std::int64_t>(s.size())}, s.data(), {}}}});
+        }
+    }
+
+    varve::state& state() { return state_; }
+    /// The step that the layer's first and last byte say, in a stream's work that nothing may overtake.
+    int step_of(std::size_t layer) const {
+        auto const& w = weights_[layer];
+        return w.front() == w.back() ? std::to_integer<int>(w.front()) : -1;
+    }
+
+    void update(std::size_t layer, std::uint64_t step, late_stream& stream) {
+        std::memset(scalars_[layer].data(), static_cast<int>(step), scalars_[layer].size());
+        stream.put([&w = weights_[layer], step] {
+            std::memset(w.data(), 0xEE, w.size());
+            std::this_thread::sleep_for(200us);
+            std::memset(w.data(), static_cast<int>(step), w.size());
+        });
+    }
+
+    /// A step of a training without a save, and one with.
+    template <class Checkpointer>
+    void step(Checkpointer& ck, std::uint64_t number, late_stream& stream, bool saves = false) {
+        for (std::size_t l = 0; l < state_.layers.size(); ++l) {
+            ck.before_update(l, {&stream});
+            update(l, number, stream);
+            if (saves) ck.layer_ready(l, {&stream});
+        }
+    }
+    template <class Checkpointer>
+    varve::ticket saved_step(Checkpointer& ck, std::uint64_t number, late_stream& stream) {
+        ck.begin(number);
+        step(ck, number, stream, true);
+        return ck.seal({}, {&stream});
+    }
+
+private:
+    std::vector<std::vector<std::byte>> weights_, scalars_;
+    varve::state state_;
+};
+
+template <class Scheduling>
+void never_mixes_steps(Scheduling scheduling) {
+    std::uint64_t const steps = full() ? 60 : 15;
+    for (std::size_t pool_blocks : {1, 2, 16})
+        for (std::size_t snapshots : {0, 1, 2}) {
+            late_model model;
+            late_stream training;
+            auto log = std::make_shared<checking_sink::log>();
+            log->delay = 1ms;
+            auto control = std::make_shared<late_control>();
+            control->delay = 300us;
+            control->hashes = pool_blocks != 2;
+            varve::checkpointer_options options;
+            if (pool_blocks == 16) options.batch_bytes = block;  // what holds a save back then is not the pool
+            std::vector<int> expected;
+            {
+                checkpointer<Scheduling> ck(model.state(), late_staging(pool_blocks * block, block, snapshots, control), scheduling,
+                                            checking_sink(model.state(), log), options);
+                for (std::uint64_t step = 1; step <= steps; ++step) {
+                    if (step % 3 == 0) {
+                        model.step(ck, step, training);
+                        continue;
+                    }
+                    model.saved_step(ck, step, training);
+                    expected.push_back(static_cast<int>(step));
+                }
+                ck.drain();
+            }
+            BOOST_TEST_CONTEXT("pool of " << pool_blocks << ", snapshots " << snapshots)
+            BOOST_TEST(log->steps == expected, boost::test_tools::per_element());
+        }
+}
+
+}  // namespace
+
+BOOST_AUTO_TEST_SUITE(late_copies)
+
+BOOST_AUTO_TEST_CASE(the_staging_of_these_tests_keeps_the_laws) {
+    late_stream stream;
+    varve::conformance::staging_fixture<late_staging> f;
+    f.make = [](std::size_t pool_bytes, std::size_t block_bytes) {
+        auto control = std::make_shared<late_control>();
+        control->delay = 2ms;
+        return late_staging(pool_bytes, block_bytes, 0, control);
+    };
+    f.order = {&stream};
+    f.tensors = varve::memory_kind::device;
+    BOOST_TEST(varve::conformance::check_staging(f) == std::vector<std::string>(), boost::test_tools::per_element());
+}
+
+BOOST_AUTO_TEST_CASE(no_checkpoint_of_a_sync_save_mixes_steps) { never_mixes_steps(varve::sync{}); }
+BOOST_AUTO_TEST_CASE(no_checkpoint_of_an_async_save_mixes_steps) { never_mixes_steps(varve::async<3>{}); }
+BOOST_AUTO_TEST_CASE(no_checkpoint_of_a_layerwise_save_mixes_steps) { never_mixes_steps(varve::layerwise<3>{}); }
+
+BOOST_AUTO_TEST_CASE(what_gives_way_at_every_step_leaves_whole_checkpoints) {
+    late_model model;
+    late_stream training;
+    auto log = std::make_shared<checking_sink::log>();
+    log->delay = 3ms;
+    varve::checkpointer_options options;
+    options.busy = varve::when_busy::replace;
+    std::optional<varve::ticket> last;
+    std::uint64_t last_taken = 0;
+    {
+        checkpointer<varve::layerwise<2>> ck(model.state(), late_staging(2 * block, block, 2), {}, checking_sink(model.state(), log), options);
+        for (std::uint64_t step = 1; step <= 40; ++step)
+            // Between a turn's end and the commit there is none that could give way.
+            if (auto const t = model.saved_step(ck, step, training); t.taken()) last = t, last_taken = step;
+        ck.drain();
+    }
+    BOOST_TEST(!last->durable().wait());
+    BOOST_TEST_REQUIRE(!log->steps.empty());
+    BOOST_TEST(log->steps.back() == static_cast<int>(last_taken));
+    BOOST_TEST(std::is_sorted(log->steps.begin(), log->steps.end()));
+    BOOST_TEST(log->steps.front() > 0);
+}
+
+BOOST_AUTO_TEST_CASE(of_copies_that_are_hashed_elsewhere_one_thread_waits) {
+    for (bool hashed : {true, false}) {
+        late_model model;
+        late_stream training;
+        auto control = std::make_shared<late_control>();
+        control->delay = 5ms;
+        control->hashes = hashed;
+        varve::checkpointer_options options;
+        options.digest_workers = 4;
+        options.batch_bytes = 16 * block;
+        {
+            checkpointer<varve::async<2>> ck(model.state(), late_staging(16 * block, block, 2, control), {},
+                                             checking_sink(model.state(), std::make_shared<checking_sink::log>()), options);
+            for (std::uint64_t step = 1; step <= 6; ++step) BOOST_TEST(!model.saved_step(ck, step, training).durable().wait());
+        }
+        if (hashed)
+            BOOST_TEST(control->most_waiting == 1);
+        else
+            BOOST_TEST(control->most_waiting > 1);
+    }
+}
+
+BOOST_AUTO_TEST_CASE(a_copy_that_fails_late_fails_its_save_and_no_other) {
+    for (std::size_t snapshots : {0, 1}) {
+        late_model model;
+        late_stream training;
+        auto log = std::make_shared<checking_sink::log>();
+        auto control = std::make_shared<late_control>();
+        control->delay = 300us;
+        checkpointer<varve::layerwise<2>> ck(model.state(), late_staging(2 * block, block, snapshots, control), {},
+                                             checking_sink(model.state(), log));
+        BOOST_TEST(!model.saved_step(ck, 1, training).durable().wait());
+        control->fail_after = 2;
+        BOOST_TEST((model.saved_step(ck, 2, training).durable().wait() == std::errc::bad_address));
+        BOOST_TEST(!model.saved_step(ck, 3, training).durable().wait());
+        BOOST_TEST(log->steps == (std::vector<int>{1, 3}), boost::test_tools::per_element());
+    }
+}
+
+BOOST_AUTO_TEST_CASE(no_update_overtakes_what_a_lost_save_still_puts_aside) {
+    late_model model;
+    late_stream training;
+    auto control = std::make_shared<late_control>();
+    control->delay = 3ms;
+    std::vector<int> seen, expected;
+    control->taken = [&](std::size_t layer) { seen.push_back(model.step_of(layer)); };
+    {
+        checkpointer<varve::layerwise<2>> ck(model.state(), late_staging(2 * block, block, 1, control), {},
+                                             checking_sink(model.state(), std::make_shared<checking_sink::log>()));
+        for (std::uint64_t step = 1; step <= 9; step += 3) {
+            ck.begin(step);
+            // What half of the bytes make is put aside at once, and lost at seal.
+            model.step(ck, step, training, true);
+            BOOST_TEST((ck.seal({{"k", std::string(100'000, 'x')}}, {&training}).durable().wait() == varve::errc::metadata_too_large));
+            for (auto const next : {step + 1, step + 2}) model.step(ck, next, training);
+            expected.insert(expected.end(), 2, static_cast<int>(step));
+        }
+    }
+    BOOST_TEST(seen == expected, boost::test_tools::per_element());
+}
+
+BOOST_AUTO_TEST_CASE(a_checkpointer_that_ends_at_once_leaves_no_copy_behind) {
+    for (std::size_t snapshots : {0, 2})
+        for (int round = 0; round < (full() ? 40 : 8); ++round) {
+            late_model model;
+            late_stream training;
+            auto control = std::make_shared<late_control>();
+            control->delay = std::chrono::microseconds(250 * round % 1500);
+            varve::checkpointer_options options;
+            options.drain_on_destroy = 0ms;
+            std::optional<varve::ticket> last;
+            {
+                checkpointer<varve::async<2>> ck(model.state(), late_staging(2 * block, block, snapshots, control), {},
+                                                 checking_sink(model.state(), std::make_shared<checking_sink::log>()), options);
+                for (std::uint64_t step = 1; step <= 3; ++step) last = model.saved_step(ck, step, training);
+            }
+            auto const outcome = last->durable().wait();
+            BOOST_TEST((!outcome || outcome == varve::errc::cancelled), outcome.message());
+        }
+}
+
+BOOST_AUTO_TEST_SUITE_END()
