@@ -26,7 +26,7 @@ namespace varve {
 
 struct store_options {
     std::size_t in_flight = 1;     ///< N: slots beside those of the kept checkpoints
-    std::size_t keep = 2;          ///< K: the last K checkpoints by sequence, at least 1
+    std::size_t keep = 2;          ///< K: the last K checkpoints by sequence, at least 1; files for the next 1,024 are made at the start
     std::uint64_t keep_every = 0;  ///< checkpoints of every M-th step stay for ever; 0: none
     prepare_mode prepare = prepare_mode::write;
     bool wait_until_prepared = false;  ///< the constructor returns when every slot was written once
@@ -186,6 +186,8 @@ public:
     }
 
 private:
+    static constexpr std::size_t most_made_ahead = 1024;  ///< files for checkpoints that are yet to come: K may stand for all of them
+
     static std::string undefined_if(bool touched) { return touched ? "; the tensors are undefined" : ""; }
 
     std::vector<stored_checkpoint> candidates_for(std::optional<std::uint64_t> step) const {
@@ -281,19 +283,25 @@ private:
         }
     }
 
-    /// N + K files in all, so that a save never waits for one to be let go.
+    /// N + K files in all, so that a save never waits for one to be let go; what was there before where they do not fit.
     void fill_slots() {
         if (slots_.slot_bytes() == 0) return;
-        auto wanted = wanted_slots();
+        auto const wanted = wanted_slots();
         slots_.shrink(wanted);
         if (options_.prepare == prepare_mode::none) return;
-        while (slots_.free_count() < wanted) slots_.put(slots_.make());
+        auto const before = slots_.free_count();
+        try {
+            while (slots_.free_count() < wanted) slots_.put(slots_.make());
+        } catch (error const&) {
+            slots_.shrink(before);
+            throw;
+        }
     }
 
     std::size_t wanted_slots() const {
-        return options_.in_flight + options_.keep -
-               std::min(options_.keep, static_cast<std::size_t>(std::count_if(checkpoints_.begin(), checkpoints_.end(),
-                                                                              [&](auto const& c) { return !is_kept_for_ever(c); })));
+        auto const kept = std::count_if(checkpoints_.begin(), checkpoints_.end(), [&](auto const& c) { return !is_kept_for_ever(c); });
+        auto const missing = options_.keep - std::min(options_.keep, static_cast<std::size_t>(kept));
+        return options_.in_flight + std::min(missing, most_made_ahead);
     }
 
     bool is_kept_for_ever(stored_checkpoint const& c) const { return options_.keep_every != 0 && c.step % options_.keep_every == 0; }
