@@ -183,11 +183,12 @@ class raw_trainer {
 public:
     static constexpr std::size_t block_bytes = 4u << 20;
 
-    /// `images`: how many the pool holds; 0: none, blocks go as payload.
-    raw_trainer(varve::asio::address const& to, std::string store, std::size_t images, std::shared_ptr<varve::asio::tls_context const> tls = nullptr)
-        : peer(to, std::move(tls)), data_(2'600'007), other_(70'001) {
-        s.layers = {{"a", {{"a.w", varve::dtype::F32, {2'600'007}, data_.data(), {}}}},
-                    {"b", {{"b.w", varve::dtype::U8, {70'001}, other_.data(), {}}}}};
+    /// `images`: how many the pool holds; 0: none, blocks go as payload. `floats`: of its larger tensor.
+    raw_trainer(varve::asio::address const& to, std::string store, std::size_t images, std::shared_ptr<varve::asio::tls_context const> tls = nullptr,
+                std::size_t floats = 2'600'007)
+        : peer(to, std::move(tls)), data_(floats), other_(floats / 37) {
+        s.layers = {{"a", {{"a.w", varve::dtype::F32, {static_cast<std::int64_t>(data_.size())}, data_.data(), {}}}},
+                    {"b", {{"b.w", varve::dtype::U8, {static_cast<std::int64_t>(other_.size())}, other_.data(), {}}}}};
         layout = varve::safetensors().lay_out(s);
         varve::block_map map(layout, s, block_bytes);
         plans.assign(map.blocks().begin(), map.blocks().end());

@@ -1,3 +1,4 @@
+#include "mutate.hpp"
 #include "support.hpp"
 #include "wire_messages.hpp"
 
@@ -59,33 +60,6 @@ std::vector<bytes> seeds() {
     return out;
 }
 
-/// What fuzzers do to an input.
-void mutate(bytes& input, std::mt19937_64& random) {
-    auto at = [&] { return 1 + random() % (input.size() - 1); };
-    static constexpr std::uint32_t telling[] = {0,          1,          0x7f, 0x80,     0xff,      0xffff,         0x7fffffff,
-                                                0x80000000, 0xffffffff, 24,   1u << 20, 16u << 20, (16u << 20) + 1};
-    for (auto n = 1 + random() % 4; n > 0 && input.size() > 6; --n) {
-        switch (random() % 7) {
-        case 0: input[at()] ^= static_cast<std::uint8_t>(1u << random() % 8); break;
-        case 1: input[at()] = static_cast<std::uint8_t>(random()); break;
-        case 2: input.resize(at()); break;
-        case 3: input.insert(input.begin() + static_cast<std::ptrdiff_t>(at()), static_cast<std::uint8_t>(random())); break;
-        case 4: {
-            auto const from = at(), size = std::min<std::size_t>(1 + random() % 64, input.size() - from);
-            bytes const piece(input.begin() + static_cast<std::ptrdiff_t>(from), input.begin() + static_cast<std::ptrdiff_t>(from + size));
-            input.insert(input.begin() + static_cast<std::ptrdiff_t>(at()), piece.begin(), piece.end());
-            break;
-        }
-        case 5: input.erase(input.begin() + static_cast<std::ptrdiff_t>(at())); break;
-        default: {
-            auto const value = telling[random() % std::size(telling)];
-            auto const place = std::min(at(), input.size() - 4);
-            for (unsigned i = 0; i < 4; ++i) input[place + i] = static_cast<std::uint8_t>(value >> 8 * i);
-        }
-        }
-    }
-}
-
 }  // namespace
 
 BOOST_AUTO_TEST_SUITE(wire_fuzz)
@@ -97,7 +71,7 @@ BOOST_AUTO_TEST_CASE(the_parser_takes_or_refuses_whatever_comes) {
     std::size_t const inputs = full() ? 5'000'000 : 300'000;
     for (std::size_t i = 0; i < inputs; ++i) {
         auto input = corpus[random() % corpus.size()];
-        mutate(input, random);
+        mutate(input, random, 1);
         LLVMFuzzerTestOneInput(input.data(), input.size());
     }
     BOOST_TEST(inputs >= 300'000u);
