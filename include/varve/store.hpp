@@ -283,7 +283,8 @@ private:
         }
     }
 
-    /// N + K files in all, so that a save never waits for one to be let go; what was there before where they do not fit.
+    /// N files and one for each of the K checkpoints that is yet to come, at most 1,024 of those, so that a save never waits for
+    /// one to be let go; what was there before where they do not fit.
     void fill_slots() {
         if (slots_.slot_bytes() == 0) return;
         auto const wanted = wanted_slots();

@@ -7,6 +7,8 @@
 #include <cerrno>
 #include <utility>
 
+#include "varve/detail/thread_name.hpp"
+
 namespace varve::asio::client {
 
 namespace {
@@ -74,7 +76,10 @@ void relay::introduce(relayed_run const& run) {
     if (by_reference_)
         for (auto const& r : options_.pool->regions()) hello_.region_bytes.push_back(r.memory.size());
     install(greet_first());
-    runner_ = std::jthread([this](std::stop_token stop) { this->run(stop); });
+    runner_ = std::jthread([this](std::stop_token stop) {
+        varve::detail::name_this_thread("varve-relay");
+        this->run(stop);
+    });
 }
 
 /// One that is ending, or dying, may still be reached and welcomes nobody: with `respawn`, the next one is waited for.

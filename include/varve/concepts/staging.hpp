@@ -133,8 +133,8 @@ concept snapshot_digest = requires(S& s, S const& c, typename S::snapshot_type c
 ///     its token counts as that of a copy: tensors in host memory have been read when it returns. Whatever was taken before is
 ///     there before it;
 ///  5. `copy(buffer, buffer_offset_bytes, snapshot, offset_bytes, size_bytes, taken)` is noexcept and copies that range of
-///     the image's data, counted from its start, once `taken`, the token of the layers there, is ready; where that is with an
-///     error, the copy's token has one, too.
+///     the image's data, counted from its start, once `taken`, the token of the layers there, is ready; if that ends
+///     with an error, so does the copy's token.
 /// The training thread acquires and takes; the copying thread copies.
 template <class S>
 concept snapshotting_staging = staging<S> && detail::staging_has::snapshots<S>;

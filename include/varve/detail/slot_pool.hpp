@@ -15,6 +15,7 @@
 
 #include "varve/detail/aligned_bytes.hpp"
 #include "varve/detail/store_folder.hpp"
+#include "varve/detail/thread_name.hpp"
 #include "varve/error.hpp"
 #include "varve/slot.hpp"
 #include "varve/system.hpp"
@@ -129,7 +130,11 @@ public:
 
     /// Writes every free slot once that was not, in the background.
     void prepare_in_background() {
-        if (mode_ == prepare_mode::write) worker_ = std::jthread([this](std::stop_token stop) { prepare_loop(stop); });
+        if (mode_ == prepare_mode::write)
+            worker_ = std::jthread([this](std::stop_token stop) {
+                name_this_thread("varve-prepare");
+                prepare_loop(stop);
+            });
     }
 
     /// Waits until every free slot is written or has failed to be.
@@ -147,7 +152,7 @@ private:
         std::unique_lock lock(mutex_);
         for (;;) {
             auto it = free_.end();
-            if (!changed_.wait(lock, stop, [&] { return takers_ == 0 && (it = next_unwritten()) != free_.end(); })) return;
+            if (!changed_.wait(lock, stop, [&] { return takers_ == 0 && (it = next_unwritten()) != free_.end(); }) || stop.stop_requested()) return;
             slot mine = std::move(*it);
             free_.erase(it);
             preparing_ = true;

@@ -15,7 +15,7 @@ public:
     /// Throws std::system_error when the thread cannot be started.
     context_thread()
         : work_(context_.get_executor()), thread_([this] {
-              detail::name_this_thread("varve-asio");
+              varve::detail::name_this_thread("varve-asio");
               context_.run();
           }) {}
     context_thread(context_thread const&) = delete;
