@@ -5,9 +5,7 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
-#include <atomic>
 #include <chrono>
-#include <condition_variable>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -17,7 +15,6 @@
 #include <span>
 #include <string>
 #include <string_view>
-#include <thread>
 #include <utility>
 #include <vector>
 
@@ -26,7 +23,6 @@
 #include "varve/checkpointer.hpp"
 #include "varve/cuda/pinned_staging.hpp"
 #include "varve/device_memory.hpp"
-#include "varve/sink/memory.hpp"
 
 /// What the tests of this folder share.
 namespace varve_test {

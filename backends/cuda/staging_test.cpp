@@ -11,6 +11,7 @@
 #include "varve/scheduling/async.hpp"
 #include "varve/scheduling/layerwise.hpp"
 #include "varve/scheduling/sync.hpp"
+#include "varve/sink/memory.hpp"
 
 namespace {
 

@@ -23,6 +23,8 @@ public:
     event() noexcept = default;
     event(std::shared_ptr<CUevent_st> recorded, std::error_code failed) noexcept : event_(std::move(recorded)), failed_(failed) {}
 
+    /// Whether there is work to wait for.
+    bool has_work() const noexcept { return event_ != nullptr; }
     /// Why there is nothing, or not all, to wait for.
     std::error_code failed() const noexcept { return failed_; }
 

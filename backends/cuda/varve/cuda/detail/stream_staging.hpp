@@ -63,10 +63,12 @@ public:
     }
 
     std::error_code order_after(token_type const& token, order_type order) noexcept {
+        // Of a save that was refused: a capture need not wait for it, and could not.
+        if (!token.has_work()) return {};
         relaxed_capture relaxed;
         if (auto ec = refuse_capture(order.stream)) return ec;
         device_scope on(order.device);
-        if (!shared_->measure_waits || token == event()) return token.order(order.stream);
+        if (!shared_->measure_waits) return token.order(order.stream);
         int device = order.device;
         if (device < 0 && code_of(::cudaGetDevice(&device))) return token.order(order.stream);
         std::error_code failed;
