@@ -141,8 +141,8 @@ public:
 private:
     half stretch(running_method& method, bool saves) {
         auto const steps = settings_.training.num_steps, freq = settings_.training.checkpoint_freq;
+        auto const names_before = ran_by_name();
         processor_time const training_before(training_), others_before(others_);
-        auto const names_before = saves ? ran_by_name() : std::map<std::string, double>();
         auto const calls_before_ns = method.stalls().total_ns;
         auto const start = clock::now();
         for (std::uint64_t i = 1; i <= steps; ++i) {
