@@ -346,7 +346,7 @@ BOOST_AUTO_TEST_CASE(layerwise_calls_in_a_capture_are_unsupported_and_its_graph_
                                                  varve::layerwise<2>{}, pinned_file_sink(control), folder.path(), {.keep = kept});
             in_current_stream listener(ck);
             at::cuda::CUDAGraph waiting, announcing;
-            control->close_gate();
+            control->door.close();
             run.model->loss(input).backward();
             ck.begin(1);
             run.update_by_layer(listener);
@@ -375,7 +375,7 @@ BOOST_AUTO_TEST_CASE(layerwise_calls_in_a_capture_are_unsupported_and_its_graph_
                 BOOST_TEST(is_unsupported(e), e.what());
             }
             announcing.capture_end();
-            control->open_gate();
+            control->door.open();
             BOOST_TEST((refused.durable().wait() == varve::errc::unsupported));
             BOOST_TEST(!first.durable().wait());
 

@@ -2,7 +2,6 @@
 
 #include <atomic>
 #include <chrono>
-#include <condition_variable>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -18,32 +17,9 @@
 #include <varve/sink/memory.hpp>
 #include <varve/state.hpp>
 
+#include "gate.hpp"
+
 namespace varve_test {
-
-/// A door; what passes it waits while it is closed.
-class gate {
-public:
-    void close() {
-        std::lock_guard lock(mutex_);
-        open_ = false;
-    }
-    void open() {
-        {
-            std::lock_guard lock(mutex_);
-            open_ = true;
-        }
-        changed_.notify_all();
-    }
-    void pass() {
-        std::unique_lock lock(mutex_);
-        changed_.wait(lock, [&] { return open_; });
-    }
-
-private:
-    std::mutex mutex_;
-    std::condition_variable changed_;
-    bool open_ = true;
-};
 
 /// What a checking_sink has seen, and how long it takes.
 struct checked_images {

@@ -25,6 +25,8 @@
 #include <varve/staging/host.hpp>
 #include <varve/state.hpp>
 
+#include "snapshot_rooms.hpp"
+
 // A GPU as far as the order of its work goes, made of threads: what is enqueued is done later, and only what is ordered comes in order.
 // So a machine without a GPU sees what the library may not overtake.
 
@@ -128,8 +130,7 @@ class late_staging {
     struct shared {
         explicit shared(std::shared_ptr<late_control> c) : control(std::move(c)) {}
         std::shared_ptr<late_control> control;
-        std::mutex mutex;
-        std::vector<std::unique_ptr<std::vector<std::byte>>> free;
+        snapshot_rooms rooms;
         late_stream snapshots, copies;  ///< last: their work uses what stands above
     };
 
@@ -142,29 +143,7 @@ public:
     using token_type = late_event;
     using buffer_type = varve::host_staging::buffer_type;
 
-    class snapshot_type {
-    public:
-        snapshot_type() = default;
-        snapshot_type(std::shared_ptr<shared> of, std::unique_ptr<std::vector<std::byte>> b) : of_(std::move(of)), bytes_(std::move(b)) {}
-        snapshot_type(snapshot_type&&) = default;
-        snapshot_type& operator=(snapshot_type&& other) noexcept {
-            std::swap(of_, other.of_);
-            std::swap(bytes_, other.bytes_);
-            return *this;
-        }
-        ~snapshot_type() {
-            if (!bytes_) return;
-            std::lock_guard lock(of_->mutex);
-            of_->free.push_back(std::move(bytes_));
-        }
-        explicit operator bool() const { return bytes_ != nullptr; }
-        std::byte* data() const { return bytes_->data(); }
-        std::size_t size() const { return bytes_->size(); }
-
-    private:
-        std::shared_ptr<shared> of_;
-        std::unique_ptr<std::vector<std::byte>> bytes_;
-    };
+    using snapshot_type = snapshot_rooms::slot;
 
     late_staging(std::size_t pool_bytes, std::size_t block_bytes, std::size_t snapshots = 0,
                  std::shared_ptr<late_control> control = std::make_shared<late_control>())
@@ -203,18 +182,12 @@ public:
         image_ = std::make_shared<varve::image const>(img);
         state_ = &s;
         count = std::min(count, most_);
-        for (std::size_t i = 0; i < count; ++i) shared_->free.push_back(std::make_unique<std::vector<std::byte>>(img.data_bytes()));
+        shared_->rooms.make(count, img.data_bytes());
         return count;
     }
-    snapshot_type acquire_snapshot() noexcept {
-        std::lock_guard lock(shared_->mutex);
-        if (shared_->free.empty()) return {};
-        auto bytes = std::move(shared_->free.back());
-        shared_->free.pop_back();
-        return {shared_, std::move(bytes)};
-    }
+    snapshot_type acquire_snapshot() noexcept { return shared_->rooms.acquire(); }
     token_type take(snapshot_type& into, std::span<std::size_t const> layers, std::span<point_type const> after) noexcept {
-        auto const gather = [image = image_, state = state_, to = into.data(), of = std::vector(layers.begin(), layers.end())](bool device) {
+        auto const gather = [image = image_, state = state_, to = into.bytes().data(), of = std::vector(layers.begin(), layers.end())](bool device) {
             for (auto const& p : image->tensors)
                 if (auto const& t = state->layers[p.layer].tensors[p.tensor];
                     std::count(of.begin(), of.end(), p.layer) > 0 && (t.memory == varve::memory_kind::device) == device)
@@ -232,7 +205,7 @@ public:
     }
     token_type copy(buffer_type& into, std::size_t at, snapshot_type const& from, std::uint64_t offset, std::size_t size,
                     token_type const& taken) noexcept {
-        return enqueue(shared_->copies, [to = into.data() + at, source = from.data() + offset, size, taken] {
+        return enqueue(shared_->copies, [to = into.data() + at, source = from.bytes().data() + offset, size, taken] {
             auto const failed = taken.pass();
             std::memcpy(to, source, size);
             return failed;
@@ -242,7 +215,7 @@ public:
     bool digests_snapshots() const noexcept { return shared_->control->hashes; }
     std::error_code digest(snapshot_type const& from, std::span<std::uint64_t> out) noexcept {
         late_event done(shared_->control);
-        shared_->copies.put([bytes = std::span<std::byte const>(from.data(), from.size()), out, done] {
+        shared_->copies.put([bytes = std::span<std::byte const>(from.bytes()), out, done] {
             varve::detail::chunk_digests(bytes, out);
             done.reach({});
         });

@@ -4,7 +4,6 @@
 #include <array>
 #include <atomic>
 #include <chrono>
-#include <condition_variable>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -19,6 +18,7 @@
 #include <varve/system.hpp>
 
 #include "files.hpp"
+#include "gate.hpp"
 
 namespace varve_test {
 
@@ -27,26 +27,7 @@ struct sink_control {
     std::chrono::milliseconds delay{0};
     std::atomic<int> fail_after{-1};  ///< writes until one fails; -1: never
     std::atomic<std::size_t> writes{0};
-
-    void close_gate() {
-        std::lock_guard lock(mutex);
-        open = false;
-    }
-    void open_gate() {
-        {
-            std::lock_guard lock(mutex);
-            open = true;
-        }
-        changed.notify_all();
-    }
-    void pass() {
-        std::unique_lock lock(mutex);
-        changed.wait(lock, [&] { return open; });
-    }
-
-    std::mutex mutex;
-    std::condition_variable changed;
-    bool open = true;
+    gate door;  ///< before each write
 };
 
 /// The least model of a file sink: pwrite inside write(), or on a thread of its own where a test wants writes to last.
@@ -69,7 +50,7 @@ public:
         void write(std::uint64_t offset, varve::block const& b, varve::completion done) noexcept {
             // A thread a write: a test may hold one back for as long as it likes.
             std::thread([control = control_, calls = calls_, fd = fd_.get(), offset, b, done] {
-                control->pass();
+                control->door.pass();
                 std::this_thread::sleep_for(control->delay);
                 ++control->writes;
                 if (control->fail_after >= 0 && control->fail_after-- == 0) return done(std::make_error_code(std::errc::io_error));

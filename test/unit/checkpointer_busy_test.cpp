@@ -21,7 +21,7 @@ using checkpointer = varve::checkpointer<varve::host_staging, Scheduling, plain_
 /// A run with two saves in flight at most, whose writes wait for the gate to be opened.
 template <varve::when_busy Busy>
 struct held_up_run {
-    held_up_run() { control->close_gate(); }
+    held_up_run() { control->door.close(); }
 
     temporary_folder dir;
     std::shared_ptr<sink_control> control = std::make_shared<sink_control>();
@@ -39,7 +39,7 @@ BOOST_FIXTURE_TEST_CASE(a_busy_checkpointer_skips_when_told_to, held_up_run<varv
     BOOST_TEST(second.taken());
     BOOST_TEST(!third.taken());
     BOOST_CHECK(third.durable().wait() == errc::skipped);
-    control->open_gate();
+    control->door.open();
     BOOST_TEST(!first.durable().wait());
     BOOST_TEST(!second.durable().wait());
     ck.drain();
@@ -52,7 +52,7 @@ BOOST_FIXTURE_TEST_CASE(the_newest_that_waits_gives_way_when_told_to, held_up_ru
     auto third = train_step(ck, model, 3);
     BOOST_TEST_REQUIRE(third.taken());
     BOOST_CHECK(second.durable().wait() == errc::replaced);
-    control->open_gate();
+    control->door.open();
     BOOST_TEST(!first.durable().wait());
     BOOST_TEST(!third.durable().wait());
     model.update(9);

@@ -237,7 +237,7 @@ BOOST_AUTO_TEST_CASE(a_layer_that_moved_is_an_error_where_it_is_announced) {
 BOOST_AUTO_TEST_CASE(a_batch_limits_what_a_save_holds) {
     temporary_folder dir;
     auto control = std::make_shared<sink_control>();
-    control->close_gate();
+    control->door.close();
     toy_model model(4, floats_per_block);
     recorder seen;
     varve::checkpointer_options options;
@@ -247,7 +247,7 @@ BOOST_AUTO_TEST_CASE(a_batch_limits_what_a_save_holds) {
     auto ticket = train_step(ck, model, 1);
     std::this_thread::sleep_for(50ms);
     BOOST_TEST(seen.count(milestone::write) <= 2u);
-    control->open_gate();
+    control->door.open();
     BOOST_TEST(!ticket.durable().wait());
     BOOST_TEST(seen.count(milestone::write) == 5u);
 }
@@ -297,14 +297,14 @@ BOOST_AUTO_TEST_CASE(the_destructor_cancels_what_does_not_end_in_time) {
         varve::checkpointer_options options;
         options.drain_on_destroy = 20ms;
         checkpointer<varve::async<3>> ck(model.state(), {12 * block, block}, {}, plain_file_sink(control), dir.path(), quick_store(), options);
-        control->close_gate();
+        control->door.close();
         tickets.push_back(train_step(ck, model, 1));
         tickets.push_back(train_step(ck, model, 2));
         tickets.push_back(ck.begin(3));
         // The sink has taken writes of the first, and the destructor waits for these; the second has none yet, and is cancelled behind it.
         std::thread([control, second = tickets[1]] {
             second.durable().wait();
-            control->open_gate();
+            control->door.open();
         }).detach();
     }
     for (auto const& t : tickets) BOOST_CHECK(t.durable().wait_for(0s) == errc::cancelled);
@@ -319,12 +319,12 @@ BOOST_AUTO_TEST_CASE(without_a_limit_a_ticket_and_the_destructor_wait_for_every_
         varve::checkpointer_options options;
         options.drain_on_destroy = std::chrono::milliseconds::max();
         checkpointer<varve::async<3>> ck(model.state(), {12 * block, block}, {}, plain_file_sink(control), dir.path(), quick_store(), options);
-        control->close_gate();
+        control->door.close();
         tickets.push_back(train_step(ck, model, 1));
         tickets.push_back(train_step(ck, model, 2));
         std::thread([control] {
             std::this_thread::sleep_for(200ms);
-            control->open_gate();
+            control->door.open();
         }).detach();
         BOOST_TEST(!tickets.front().durable().wait_for(std::chrono::milliseconds::max()));
     }

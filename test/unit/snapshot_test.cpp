@@ -3,7 +3,6 @@
 #include <atomic>
 #include <chrono>
 #include <memory>
-#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -14,6 +13,7 @@
 #include <varve/staging/host.hpp>
 
 #include "plain_sinks.hpp"
+#include "snapshot_rooms.hpp"
 #include "support.hpp"
 #include "toy_run.hpp"
 
@@ -24,56 +24,25 @@ using namespace std::chrono_literals;
 
 /// The least staging that takes snapshots: host memory beside the pool.
 class aside_staging : public varve::host_staging {
-    struct room {
-        std::mutex mutex;
-        std::vector<std::unique_ptr<std::vector<std::byte>>> free;
-    };
-
 public:
     aside_staging(std::size_t pool_bytes, std::size_t block_bytes, std::size_t most) : host_staging(pool_bytes, block_bytes), most_(most) {}
 
-    class snapshot_type {
-    public:
-        snapshot_type() = default;
-        snapshot_type(std::shared_ptr<room> r, std::unique_ptr<std::vector<std::byte>> b) : bytes(std::move(b)), room_(std::move(r)) {}
-        snapshot_type(snapshot_type&&) = default;
-        snapshot_type& operator=(snapshot_type&& other) {
-            std::swap(room_, other.room_);
-            std::swap(bytes, other.bytes);
-            return *this;
-        }
-        ~snapshot_type() {
-            if (!bytes) return;
-            std::lock_guard lock(room_->mutex);
-            room_->free.push_back(std::move(bytes));
-        }
-        explicit operator bool() const { return bytes != nullptr; }
-        std::unique_ptr<std::vector<std::byte>> bytes;
-
-    private:
-        std::shared_ptr<room> room_;
-    };
+    using snapshot_type = snapshot_rooms::slot;
 
     std::size_t prepare_snapshots(varve::image const& img, varve::state const& s, std::size_t count) {
         image_ = img;
         state_ = &s;
         count = std::min(count, most_);
-        for (std::size_t i = 0; i < count; ++i) room_->free.push_back(std::make_unique<std::vector<std::byte>>(img.data_bytes()));
+        rooms_.make(count, img.data_bytes());
         return count;
     }
-    snapshot_type acquire_snapshot() noexcept {
-        std::lock_guard lock(room_->mutex);
-        if (room_->free.empty()) return {};
-        auto bytes = std::move(room_->free.back());
-        room_->free.pop_back();
-        return {room_, std::move(bytes)};
-    }
+    snapshot_type acquire_snapshot() noexcept { return rooms_.acquire(); }
     token_type take(snapshot_type& into, std::span<std::size_t const> layers, std::span<point_type const>) noexcept {
         for (auto l : layers)
             for (auto const& p : image_.tensors)
                 if (p.layer == l)
                     varve::detail::gather(state_->layers[l].tensors[p.tensor], 0, p.size_bytes,
-                                          into.bytes->data() + p.offset_bytes - image_.header_bytes);
+                                          into.bytes().data() + p.offset_bytes - image_.header_bytes);
         return {};
     }
     token_type copy(buffer_type& into, std::span<varve::copy_range const> ranges, point_type const& after) noexcept {
@@ -83,7 +52,7 @@ public:
     token_type copy(buffer_type& into, std::size_t at, snapshot_type const& from, std::uint64_t offset, std::size_t size,
                     token_type const&) noexcept {
         ++*from_snapshots_;
-        std::memcpy(into.data() + at, from.bytes->data() + offset, size);
+        std::memcpy(into.data() + at, from.bytes().data() + offset, size);
         return {};
     }
 
@@ -93,7 +62,7 @@ public:
 private:
     std::size_t most_;
     std::shared_ptr<std::atomic<int>> from_tensors_ = std::make_shared<std::atomic<int>>(0), from_snapshots_ = std::make_shared<std::atomic<int>>(0);
-    std::shared_ptr<room> room_ = std::make_shared<room>();
+    snapshot_rooms rooms_;
     varve::image image_;
     varve::state const* state_ = nullptr;
 };
@@ -117,7 +86,7 @@ public:
     std::error_code digest(snapshot_type const& from, std::span<std::uint64_t> out) noexcept {
         ++control_->hashed;
         if (control_->fail_after >= 0 && control_->fail_after-- == 0) return std::make_error_code(std::errc::bad_address);
-        varve::detail::chunk_digests(*from.bytes, out);
+        varve::detail::chunk_digests(from.bytes(), out);
         for (auto& d : out) d ^= control_->spoil;
         return {};
     }
@@ -189,7 +158,7 @@ BOOST_AUTO_TEST_CASE(no_checkpoint_from_a_snapshot_mixes_steps) {
 BOOST_AUTO_TEST_CASE(with_snapshots_training_goes_on_while_nothing_can_be_written) {
     temporary_folder dir;
     auto control = std::make_shared<sink_control>();
-    control->close_gate();
+    control->door.close();
     toy_model model(6, floats_per_block / 2 + 17);
     {
         checkpointer<varve::async<2>> ck(model.state(), {block, block, 2}, {}, plain_file_sink(control), dir.path(), quick_store(1000));
@@ -197,7 +166,7 @@ BOOST_AUTO_TEST_CASE(with_snapshots_training_goes_on_while_nothing_can_be_writte
         train_step(ck, model, 1);
         train_step(ck, model, 2);
         for (std::uint64_t step = 3; step <= 20; ++step) train_step(ck, model, step, false);
-        control->open_gate();
+        control->door.open();
         ck.drain();
         ck.restore(1);
         BOOST_TEST(model.is_of(1));
@@ -209,14 +178,14 @@ BOOST_AUTO_TEST_CASE(with_snapshots_training_goes_on_while_nothing_can_be_writte
 BOOST_AUTO_TEST_CASE(a_save_that_is_replaced_gives_its_snapshot_to_the_next) {
     temporary_folder dir;
     auto control = std::make_shared<sink_control>();
-    control->close_gate();
+    control->door.close();
     toy_model model(6, floats_per_block / 2 + 17);
     varve::checkpointer_options options;
     options.busy = varve::when_busy::replace;
     checkpointer<varve::async<2>> ck(model.state(), {2 * block, block, 2}, {}, plain_file_sink(control), dir.path(), quick_store(1000), options);
     std::vector<varve::ticket> tickets;
     for (std::uint64_t step = 1; step <= 6; ++step) tickets.push_back(train_step(ck, model, step));
-    control->open_gate();
+    control->door.open();
     ck.drain();
     BOOST_TEST(!tickets.front().durable().wait());
     BOOST_TEST(!tickets.back().durable().wait());
@@ -228,7 +197,7 @@ BOOST_AUTO_TEST_CASE(a_save_that_is_replaced_gives_its_snapshot_to_the_next) {
 BOOST_AUTO_TEST_CASE(a_save_that_gives_way_at_every_step_leaves_the_next_one_its_snapshot_at_once) {
     temporary_folder dir;
     auto control = std::make_shared<sink_control>();
-    control->close_gate();
+    control->door.close();
     toy_model model(6, floats_per_block / 2 + 17);
     varve::checkpointer_options options;
     options.busy = varve::when_busy::replace;
@@ -241,7 +210,7 @@ BOOST_AUTO_TEST_CASE(a_save_that_gives_way_at_every_step_leaves_the_next_one_its
     std::this_thread::sleep_for(50ms);
     BOOST_TEST(ck.staging().copies_from_snapshots() == of_the_first);
     BOOST_TEST(ck.staging().copies_from_tensors() == 0);
-    control->open_gate();
+    control->door.open();
     BOOST_TEST(!last.durable().wait());
     ck.drain();
     ck.restore(50);
