@@ -1,6 +1,7 @@
 #include <boost/test/unit_test.hpp>
 
 #include "device_model.hpp"
+#include "varve/conformance/snapshots.hpp"
 #include "varve/conformance/staging.hpp"
 
 namespace {
@@ -9,7 +10,8 @@ using varve::cuda::pinned_staging;
 using namespace varve_test;
 
 varve::conformance::staging_fixture<pinned_staging> fixture(pinned_staging::order_type order) {
-    return {.make = [](std::size_t pool_bytes, std::size_t block_bytes) { return pinned_staging(pool_bytes, block_bytes); }, .order = order};
+    return {.make = [](std::size_t pool_bytes, std::size_t block_bytes) { return pinned_staging(pool_bytes, block_bytes, {.snapshots = 2}); },
+            .order = order};
 }
 
 void expect_lawful(varve::conformance::staging_fixture<pinned_staging> const& f) {
@@ -38,6 +40,7 @@ BOOST_AUTO_TEST_CASE(pinned_staging_keeps_the_laws_for_tensors_in_gpu_memory) {
             return placed.back()->data;
         };
         expect_lawful(f);
+        for (auto const& law : varve::conformance::check_snapshots(f)) BOOST_ERROR(law);
     }
 }
 

@@ -4,6 +4,7 @@
 #include <future>
 
 #include "device_model.hpp"
+#include "varve/conformance/snapshots.hpp"
 #include "varve/conformance/staging.hpp"
 #include "varve/detail/digest.hpp"
 #include "varve/gds/staging.hpp"
@@ -23,7 +24,7 @@ using checkpointer = varve::checkpointer<staging, Scheduling, checking_sink>;
 
 varve::conformance::staging_fixture<staging> fixture(staging::order_type order) {
     varve::conformance::staging_fixture<staging> f{.make = [](std::size_t pool_bytes, std::size_t block_bytes) {
-        staging s(pool_bytes, block_bytes);
+        staging s(pool_bytes, block_bytes, {.snapshots = 2});
         // The laws fetch whole buffers, also what was not copied there.
         for (auto r : s.regions()) expect(::cudaMemset(r.data(), 0, r.size()));
         settle();
@@ -74,6 +75,7 @@ BOOST_AUTO_TEST_CASE(gds_staging_keeps_the_laws_for_tensors_in_gpu_memory) {
             return placed.back()->data;
         };
         expect_lawful(f);
+        for (auto const& law : varve::conformance::check_snapshots(f)) BOOST_ERROR(law);
     }
 }
 

@@ -3,10 +3,12 @@
 #include <atomic>
 #include <chrono>
 #include <memory>
+#include <string>
 #include <thread>
 #include <vector>
 
 #include <varve/checkpointer.hpp>
+#include <varve/conformance/snapshots.hpp>
 #include <varve/detail/digest.hpp>
 #include <varve/scheduling/async.hpp>
 #include <varve/scheduling/layerwise.hpp>
@@ -146,6 +148,17 @@ void never_mixes_steps(Scheduling scheduling, std::size_t pool_blocks, std::size
 }  // namespace
 
 BOOST_AUTO_TEST_SUITE(snapshot_suite)
+
+BOOST_AUTO_TEST_CASE(the_stagings_of_these_tests_keep_the_laws_and_one_whose_digests_are_wrong_breaks_one) {
+    auto control = std::make_shared<hashing_staging::control>();
+    varve::conformance::staging_fixture<hashing_staging> f{
+        .make = [&](std::size_t pool_bytes, std::size_t block_bytes) { return hashing_staging(pool_bytes, block_bytes, 2, control); }};
+    BOOST_TEST(varve::conformance::check_snapshots(f) == std::vector<std::string>(), boost::test_tools::per_element());
+    control->spoil = 1;
+    auto const broken = varve::conformance::check_snapshots(f);
+    BOOST_TEST_REQUIRE(!broken.empty());
+    for (auto const& law : broken) BOOST_TEST(law.starts_with("the digests of a snapshot are those"), law);
+}
 
 BOOST_AUTO_TEST_CASE(no_checkpoint_from_a_snapshot_mixes_steps) {
     for (std::size_t pool_blocks : {1, 2, 16})
