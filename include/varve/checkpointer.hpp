@@ -290,12 +290,15 @@ private:
     }
 
     void wait_for_copies(std::span<std::size_t const> layers, order_type order) {
-        if constexpr (!streams) {
-            if (!pipeline_->busy()) return;
-            timed waiting(stalls_.wait_ns);
-            if (auto const refused = pipeline_->before_update(layers, order))
+        if constexpr (!streams)
+            if (auto const refused = refused_wait(layers, order))
                 throw error(refused->error, "before_update of layer " + state_.layers[refused->layer].name + ": " + refused->error.message());
-        }
+    }
+    /// Why layers may not be updated, if not.
+    auto refused_wait(std::span<std::size_t const> layers, order_type order) {
+        if (!pipeline_->busy()) return decltype(pipeline_->before_update(layers, order))();
+        timed waiting(stalls_.wait_ns);
+        return pipeline_->before_update(layers, order);
     }
 
     bool is_announced(std::size_t layer) const {
@@ -338,7 +341,10 @@ private:
     template <class Job>
     void announce_to(Job const& job, std::span<std::size_t const> layers, order_type order) {
         // Who announces a layer without before_update has not updated it, but the hook may: an earlier save comes first.
-        wait_for_copies(layers, order);
+        if (auto const refused = refused_wait(layers, order)) {
+            pipeline_->abandon(job, refused->error);
+            return;
+        }
         for (auto layer : layers) bring_up_to_date(layer);
         pipeline_->announce(*job, layers, order);
     }

@@ -25,6 +25,7 @@
 #include <varve/staging/host.hpp>
 #include <varve/state.hpp>
 
+#include "gate.hpp"
 #include "snapshot_rooms.hpp"
 
 // A GPU as far as the order of its work goes, made of threads: what is enqueued is done later, and only what is ordered comes in order.
@@ -71,6 +72,10 @@ private:
 struct late_control {
     std::chrono::microseconds delay{0};              ///< of each copy
     std::function<void(std::size_t layer)> taken{};  ///< called when a layer was put aside
+    gate taking;                                     ///< of what is put aside, before it is enqueued
+    std::atomic<int> takes{0};                       ///< that were enqueued
+    std::atomic<int> ordered{0};                     ///< waits for a copy that were enqueued
+    std::atomic<bool> refuses_order = false;         ///< such a wait cannot be enqueued
     bool hashes = true;                              ///< of snapshots
     std::atomic<int> fail_after{-1};                 ///< copies until one fails; -1: never
     std::atomic<int> waiting{0}, most_waiting{0};    ///< threads that wait for a copy, at once
@@ -157,7 +162,9 @@ public:
     point_type record(order_type order) noexcept { return order.stream ? late_event(*order.stream, shared_->control) : late_event(); }
 
     std::error_code order_after(token_type const& token, order_type order) noexcept {
+        if (shared_->control->refuses_order) return std::make_error_code(std::errc::operation_not_supported);
         if (!order.stream) return token.wait();
+        ++shared_->control->ordered;
         order.stream->put([token] { token.pass(); });
         return {};
     }
@@ -187,6 +194,7 @@ public:
     }
     snapshot_type acquire_snapshot() noexcept { return shared_->rooms.acquire(); }
     token_type take(snapshot_type& into, std::span<std::size_t const> layers, std::span<point_type const> after) noexcept {
+        shared_->control->taking.pass();
         auto const gather = [image = image_, state = state_, to = into.bytes().data(), of = std::vector(layers.begin(), layers.end())](bool device) {
             for (auto const& p : image->tensors)
                 if (auto const& t = state->layers[p.layer].tensors[p.tensor];
@@ -194,14 +202,16 @@ public:
                     varve::detail::gather(t, 0, p.size_bytes, to + p.offset_bytes - image->header_bytes);
         };
         gather(false);
-        return enqueue(shared_->snapshots, [gather, points = std::vector(after.begin(), after.end()), control = shared_->control.get(),
-                                            of = std::vector(layers.begin(), layers.end())] {
+        auto token = enqueue(shared_->snapshots, [gather, points = std::vector(after.begin(), after.end()), control = shared_->control.get(),
+                                                  of = std::vector(layers.begin(), layers.end())] {
             for (auto const& p : points) p.pass();
             gather(true);
             for (auto layer : of)
                 if (control->taken) control->taken(layer);
             return std::error_code();
         });
+        ++shared_->control->takes;
+        return token;
     }
     token_type copy(buffer_type& into, std::size_t at, snapshot_type const& from, std::uint64_t offset, std::size_t size,
                     token_type const& taken) noexcept {

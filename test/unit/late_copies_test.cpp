@@ -1,6 +1,7 @@
 #include <boost/test/unit_test.hpp>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
@@ -13,6 +14,7 @@
 #include <vector>
 
 #include <varve/checkpointer.hpp>
+#include <varve/conformance/snapshots.hpp>
 #include <varve/conformance/staging.hpp>
 #include <varve/scheduling/async.hpp>
 #include <varve/scheduling/layerwise.hpp>
@@ -132,11 +134,12 @@ BOOST_AUTO_TEST_CASE(the_staging_of_these_tests_keeps_the_laws) {
     f.make = [](std::size_t pool_bytes, std::size_t block_bytes) {
         auto control = std::make_shared<late_control>();
         control->delay = 2ms;
-        return late_staging(pool_bytes, block_bytes, 0, control);
+        return late_staging(pool_bytes, block_bytes, 2, control);
     };
     f.order = {&stream};
     f.tensors = varve::memory_kind::device;
     BOOST_TEST(varve::conformance::check_staging(f) == std::vector<std::string>(), boost::test_tools::per_element());
+    BOOST_TEST(varve::conformance::check_snapshots(f) == std::vector<std::string>(), boost::test_tools::per_element());
 }
 
 BOOST_AUTO_TEST_CASE(no_checkpoint_of_a_sync_save_mixes_steps) { never_mixes_steps(varve::sync{}); }
@@ -216,15 +219,96 @@ BOOST_AUTO_TEST_CASE(no_update_overtakes_what_a_lost_save_still_puts_aside) {
         checkpointer<varve::layerwise<2>> ck(model.state(), late_staging(2 * block, block, 1, control), {},
                                              checking_sink(model.state(), std::make_shared<checking_sink::log>()));
         for (std::uint64_t step = 1; step <= 9; step += 3) {
+            auto const before = control->takes.load();
             ck.begin(step);
             // What half of the bytes make is put aside at once, and lost at seal.
             model.step(ck, step, training, true);
+            while (control->takes == before) std::this_thread::yield();
             BOOST_TEST((ck.seal({{"k", std::string(100'000, 'x')}}, {&training}).durable().wait() == varve::errc::metadata_too_large));
             for (auto const next : {step + 1, step + 2}) model.step(ck, next, training);
             expected.insert(expected.end(), 2, static_cast<int>(step));
         }
     }
     BOOST_TEST(seen == expected, boost::test_tools::per_element());
+}
+
+template <class Scheduling>
+void goes_on_while_it_is_put_aside(Scheduling scheduling) {
+    late_model model;
+    late_stream training;
+    auto log = std::make_shared<checking_sink::log>();
+    auto control = std::make_shared<late_control>();
+    checkpointer<Scheduling> ck(model.state(), late_staging(2 * block, block, 1, control), scheduling, checking_sink(model.state(), log));
+    control->taking.close();
+    auto const saved = model.saved_step(ck, 1, training);
+    std::atomic<bool> opened = false;
+    std::jthread opener([&] {
+        std::this_thread::sleep_for(20ms);
+        opened = true;
+        control->taking.open();
+    });
+    ck.before_update(1, {&training});
+    BOOST_TEST(opened);
+    BOOST_TEST(!saved.durable().wait());
+    BOOST_TEST(log->steps == (std::vector<int>{1}), boost::test_tools::per_element());
+}
+
+BOOST_AUTO_TEST_CASE(training_goes_on_while_a_save_is_put_aside_and_only_its_next_update_waits) {
+    goes_on_while_it_is_put_aside(varve::async<1>{});
+    goes_on_while_it_is_put_aside(varve::layerwise<1>{});
+}
+
+BOOST_AUTO_TEST_CASE(an_update_waits_for_no_snapshot_of_which_a_copy_came_and_for_one_that_is_not_copied_yet) {
+    for (bool copied : {true, false}) {
+        late_model model;
+        late_stream training;
+        auto control = std::make_shared<late_control>();
+        auto log = std::make_shared<checking_sink::log>();
+        if (!copied) log->door.close();
+        varve::checkpointer_options options;
+        options.busy = varve::when_busy::replace;
+        options.digest_workers = 8;
+        checkpointer<varve::layerwise<2>> ck(model.state(), late_staging(16 * block, block, 2, control), {}, checking_sink(model.state(), log),
+                                             options);
+        auto const first = model.saved_step(ck, 1, training);
+        // The door keeps the sink from it, so that the second save keeps to its snapshot.
+        BOOST_TEST_REQUIRE(!first.staged().wait());
+        if (copied) BOOST_TEST_REQUIRE(!first.durable().wait());
+        auto const second = model.saved_step(ck, 2, training);
+        if (copied) BOOST_TEST_REQUIRE(!second.staged().wait());
+        control->ordered = 0;
+        model.step(ck, 3, training);
+        BOOST_TEST((control->ordered == 0) == copied);
+        log->door.open();
+        ck.drain();
+        BOOST_TEST(log->steps == (std::vector<int>{1, 2}), boost::test_tools::per_element());
+    }
+}
+
+BOOST_AUTO_TEST_CASE(a_save_that_nothing_orders_behind_the_one_before_is_lost_and_its_ticket_says_why) {
+    for (std::size_t snapshots : {0, 1}) {
+        late_model model;
+        gate before_all;
+        late_stream training;
+        auto control = std::make_shared<late_control>();
+        auto log = std::make_shared<checking_sink::log>();
+        checkpointer<varve::layerwise<2>> ck(model.state(), late_staging(16 * block, block, snapshots, control), {},
+                                             checking_sink(model.state(), log));
+        before_all.close();
+        training.put([&] { before_all.pass(); });
+        auto const first = model.saved_step(ck, 1, training);
+        control->refuses_order = true;
+        // Without before_update, as a training that has lost its device cannot go on either.
+        auto const second = ck.save(2, {}, {&training});
+        BOOST_TEST((second.durable().wait() == std::errc::operation_not_supported));
+        BOOST_CHECK_EXCEPTION(ck.before_update_all({&training}), varve::error,
+                              [](auto const& e) { return e.code() == std::errc::operation_not_supported; });
+        before_all.open();
+        BOOST_TEST(!first.durable().wait());
+        control->refuses_order = false;
+        BOOST_TEST(!model.saved_step(ck, 3, training).durable().wait());
+        BOOST_TEST(log->steps == (std::vector<int>{1, 3}), boost::test_tools::per_element());
+    }
 }
 
 BOOST_AUTO_TEST_CASE(a_checkpointer_that_ends_at_once_leaves_no_copy_behind) {

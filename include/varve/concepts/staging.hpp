@@ -135,7 +135,7 @@ concept snapshot_digest = requires(S& s, S const& c, typename S::snapshot_type c
 ///  5. `copy(buffer, buffer_offset_bytes, snapshot, offset_bytes, size_bytes, taken)` is noexcept and copies that range of
 ///     the image's data, counted from its start, once `taken`, the token of the layers there, is ready; if that ends
 ///     with an error, so does the copy's token.
-/// The training thread acquires and takes; the copying thread copies.
+/// The training thread acquires, a second one takes and the copying thread copies, all at the same time.
 template <class S>
 concept snapshotting_staging = staging<S> && detail::staging_has::snapshots<S>;
 

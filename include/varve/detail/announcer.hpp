@@ -20,8 +20,8 @@
 
 namespace varve::detail {
 
-/// Where a save comes in: begins it, takes word of its layers, has them put aside where there is a snapshot for them, and
-/// tells when a layer may be updated. The training thread's alone; what it does here is what a save costs the training.
+/// Where a save comes in: begins it, takes word of its layers, passes them on, and tells when a layer may be updated. The
+/// training thread's alone; what it does here is what a save costs the training.
 template <staging Staging, sink Sink>
 class announcer {
 public:
@@ -63,6 +63,7 @@ public:
             line_.options.observers.on({.what = milestone::layer_ready, .step = job.step(), .bytes = bytes, .layer = line_.state.layers[layer].name});
             job.untaken_bytes += bytes;
         }
+        bool aside = false;
         {
             std::lock_guard lock(line_.mutex);
             if (job.error) return;
@@ -76,25 +77,27 @@ public:
                 else
                     ++l.uncopied;
             }
+            if (line_.copies != copy_moment::at_layer_ready) return;
+            if (job.by_snapshot) {
+                if (job.untaken_bytes < line_.layout.data_bytes() / snapshot_shares) return;
+                aside = pass_to_taker(job);
+            }
         }
-        if (line_.copies != copy_moment::at_layer_ready) return;
-        if (job.by_snapshot && job.untaken_bytes < line_.layout.data_bytes() / snapshot_shares) return;
-        take(job);
-        line_.copy_work.notify_one();
+        (aside ? line_.take_work : line_.copy_work).notify_one();
     }
 
     void seal(job_type& job, metadata_map metadata) {
-        take(job);
-        bool over = false;
+        bool over = false, aside = false;
         {
             std::lock_guard lock(line_.mutex);
+            aside = pass_to_taker(job);
             job.metadata = std::move(metadata);
             job.sealed = true;
             job.ticket->seal();
             over = job.over();
         }
         // A wake costs the training thread more than all of the above.
-        line_.copy_work.notify_one();
+        (aside ? line_.take_work : line_.copy_work).notify_one();
         if (over) line_.commit_work.notify_one();
     }
 
@@ -138,8 +141,8 @@ public:
     bool busy() const noexcept { return busy_layers_ != 0; }
 
 private:
-    /// A layerwise save puts layers aside in about so many shares, the last at seal: each costs the training thread some 40
-    /// microseconds, and all of the copies within the GPU take less than the update that they run beside.
+    /// A layerwise save has layers put aside in about so many shares, the last at seal: each costs the training thread a wake,
+    /// and all of the copies within the GPU take less than the update that they run beside.
     static constexpr std::uint64_t snapshot_shares = 2;
 
     struct layer_copy {
@@ -155,44 +158,22 @@ private:
             return false;
     }
 
-    /// Puts the layers aside that were announced and are not yet in the save's snapshot.
-    void take(job_type& job) {
-        if constexpr (snapshotting_staging<Staging>) {
-            taking_.clear();
-            taking_.swap(job.untaken);
-            job.untaken_bytes = 0;
-            if (taking_.empty()) return;
-            // Announced one after the other, perhaps in several streams.
-            points_.clear();
-            {
-                std::lock_guard lock(line_.mutex);
-                if (job.error) return;
-                for (auto layer : taking_) points_.push_back(*job.points[layer]);
-                job.taking = true;
-            }
-            auto token = staging_.take(job.snapshot, taking_, points_);
-            points_.clear();
-            {
-                std::lock_guard lock(line_.mutex);
-                for (auto layer : taking_) {
-                    job.taken[layer] = token;
-                    line_.layers[layer].copies.push_back(token);
-                }
-                job.taking = false;
-                if (job.error) line_.commit_work.notify_one();
-            }
-            for (auto layer : taking_)
-                line_.options.observers.on({.what = milestone::layer_copied, .step = job.step(), .layer = line_.state.layers[layer].name});
-        }
+    /// Has the layers put aside that were announced and are not yet in the save's snapshot; false if there are none. With the
+    /// mutex held.
+    bool pass_to_taker(job_type& job) {
+        job.untaken_bytes = 0;
+        if (job.error) job.untaken.clear();
+        if (job.untaken.empty()) return false;
+        for (auto layer : job.untaken) ++line_.layers[layer].uncopied;
+        job.to_take.insert(job.to_take.end(), job.untaken.begin(), job.untaken.end());
+        job.untaken.clear();
+        return true;
     }
 
     line_type& line_;
     Staging& staging_;
-    std::size_t busy_layers_ = 0;  ///< announced since their last update
-    // Scratch, kept since allocations cost: see save_line::spare.
-    std::vector<layer_copy> copies_;
-    std::vector<std::size_t> taking_;
-    std::vector<typename Staging::point_type> points_;
+    std::size_t busy_layers_ = 0;     ///< announced since their last update
+    std::vector<layer_copy> copies_;  ///< scratch, kept since allocations cost: see save_line::spare
 };
 
 }  // namespace varve::detail

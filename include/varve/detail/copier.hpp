@@ -79,7 +79,7 @@ private:
                 if (job->sealed) return job;
                 return nullptr;
             }
-            return may_copy(*job, next_part(*job)) && (job->next_part > 0 || (has_room(*job) && !stays_aside(*job))) ? job : nullptr;
+            return may_copy(*job, next_part(*job)) && (job->next_part > 0 || (has_room(*job) && !line_.stays_aside(*job))) ? job : nullptr;
         }
         return nullptr;
     }
@@ -97,13 +97,6 @@ private:
             return false;
     }
     bool has_room(job_type const& job) const { return job.open_blocks < line_.blocks_at_once; }
-    /// A save that may have to give way is not copied from its snapshot before its turn: the next one takes the snapshot over at
-    /// once, and what never gets to the sink does not use up the way there.
-    bool stays_aside(job_type const& job) const {
-        return line_.options.busy == when_busy::replace && job.by_snapshot && job.place == turn::waiting &&
-               line_.writing >= line_.options.writing_at_once;
-    }
-
     /// Waits for a buffer for the save's next block; false if the save is lost or the pipeline closes.
     bool open_block(job_ptr const& job, std::unique_lock<std::mutex>& lock) {
         lock.unlock();

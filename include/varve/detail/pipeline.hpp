@@ -25,6 +25,7 @@
 #include "varve/detail/committer.hpp"
 #include "varve/detail/copier.hpp"
 #include "varve/detail/save_line.hpp"
+#include "varve/detail/snapshot_taker.hpp"
 #include "varve/detail/thread_name.hpp"
 #include "varve/error.hpp"
 #include "varve/image.hpp"
@@ -36,7 +37,8 @@ namespace varve::detail {
 /// Takes announced layers to durable checkpoints, off the training thread.
 ///
 /// A save passes these rooms, and its blocks go through them in the image's order:
-///   - the announcer, on the training thread, takes word of its layers, and has them put aside where there is a snapshot;
+///   - the announcer, on the training thread, takes word of its layers;
+///   - the taker, on a thread of its own, has the staging put them aside, where there is a snapshot;
 ///   - the copier, on a thread of its own, has the staging fill buffers from the tensors or from the snapshot;
 ///   - the block_worker, on each of the workers, waits for a block's copies, submits its write when it is the save's turn, and
 ///     hashes it meanwhile; the block_writer, between it and the sink, hands the turns on;
@@ -54,11 +56,16 @@ public:
     pipeline(state const& s, Staging& staging, Sink& sink, Format const& format, store* files, copy_moment copies,
              checkpointer_options const& options, [[maybe_unused]] std::size_t in_flight)
         : line_(s, format.lay_out(s), staging.block_bytes(), copies, options), announcer_(line_, staging), writer_(line_, staging, sink, files),
-          copier_(line_, staging, writer_), worker_(line_, staging, writer_), committer_(line_, writer_, format, files) {
+          taker_(line_, staging), copier_(line_, staging, writer_), worker_(line_, staging, writer_), committer_(line_, writer_, format, files) {
         if constexpr (relaying_sink<Sink>) {
             sink.introduce({s, line_.layout, format.extension(), staging.block_bytes(), in_flight, options.busy});
             line_.hashes = sink.takes_digests();
         }
+        if constexpr (snapshotting_staging<Staging>)
+            taking_ = std::jthread([this](std::stop_token stop) {
+                name_this_thread("varve-take");
+                taker_.run(stop);
+            });
         copying_ = std::jthread([this](std::stop_token stop) {
             name_this_thread("varve-copy");
             copier_.run(stop);
@@ -126,9 +133,9 @@ public:
         std::vector<std::size_t> held;
         {
             [[maybe_unused]] typename line_type::snapshot_type free;
-            std::lock_guard lock(line_.mutex);
-            for (auto const& job : line_.jobs)
-                if (job->sealed && job->place == turn::waiting && !job->error && (job->by_snapshot || job->blocks_staged == blocks())) victim = job;
+            std::unique_lock lock(line_.mutex);
+            // The next save takes its snapshot over, and gets it at once unless the taker is at it.
+            line_.layer_copied.wait(lock, [&] { return !(victim = newest_that_waits_locked()) || !victim->taking; });
             if (!victim) return false;
             line_.lose(*victim, errc::replaced, held, free);
         }
@@ -142,6 +149,13 @@ public:
     }
 
 private:
+    job_ptr newest_that_waits_locked() const {
+        auto const waits = [&](auto const& job) {
+            return job->sealed && job->place == turn::waiting && !job->error && (job->by_snapshot || job->blocks_staged == blocks());
+        };
+        auto const it = std::find_if(line_.jobs.rbegin(), line_.jobs.rend(), waits);
+        return it == line_.jobs.rend() ? nullptr : *it;
+    }
     std::size_t in_flight_locked() const {
         // The receiver of a relaying sink lets the newest win by itself.
         bool const leaves_when_safe = line_.options.busy == when_busy::replace;
@@ -161,11 +175,12 @@ private:
     line_type line_;
     announcer<Staging, Sink> announcer_;
     block_writer<Staging, Sink> writer_;
+    snapshot_taker<Staging, Sink> taker_;
     copier<Staging, Sink> copier_;
     block_worker<Staging, Sink> worker_;
     committer<Staging, Sink, Format> committer_;
 
-    std::jthread copying_;  ///< last, like those below: they use all of the above
+    std::jthread taking_, copying_;  ///< last, like those below: they use all of the above
     std::vector<std::jthread> workers_;
     std::jthread committing_;
 };

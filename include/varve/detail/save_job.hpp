@@ -54,6 +54,7 @@ struct save_job {
 
     save_job(std::size_t layer_count, std::size_t block_count) : points(layer_count), taken(layer_count), blocks(block_count) {
         untaken.reserve(layer_count);
+        to_take.reserve(layer_count);
     }
 
     /// Makes it the save of that step, with room for a snapshot or without.
@@ -77,9 +78,10 @@ struct save_job {
     bool by_snapshot = false;
     bool hashed_aside = false;                     ///< the digests are made of the snapshot, not of the blocks
     std::vector<std::optional<token_type>> taken;  ///< a layer's, once it is in the snapshot
-    std::vector<std::size_t> untaken;              ///< announced, and not taken yet; the training thread's
+    std::vector<std::size_t> untaken;              ///< announced, to be taken with those to come; the training thread's
     std::uint64_t untaken_bytes = 0;
-    bool taking = false;  ///< the training thread is at it
+    std::vector<std::size_t> to_take;  ///< at once
+    bool taking = false;               ///< somebody is at it
 
     std::size_t next_block = 0;  ///< the copying thread's place
     std::size_t next_part = 0;   ///< within that block
@@ -105,7 +107,7 @@ struct save_job {
 
     bool has_news() const noexcept { return end_came || (safe_came && !safe_told); }
 
-    bool over() const noexcept { return copied && open_blocks == 0 && !taking && place != turn::opening && (sealed || error); }
+    bool over() const noexcept { return copied && open_blocks == 0 && to_take.empty() && !taking && place != turn::opening && (sealed || error); }
 };
 
 }  // namespace varve::detail

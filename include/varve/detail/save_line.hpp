@@ -1,6 +1,7 @@
 #pragma once
 
 #include <algorithm>
+#include <concepts>
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
@@ -37,7 +38,7 @@ struct save_line {
     /// What the training thread asks about a layer; it does not walk through the layer's tensors again.
     struct layer_copies {
         std::uint64_t bytes = 0;
-        std::size_t uncopied = 0;          ///< saves that have announced it and not copied it yet
+        std::size_t uncopied = 0;          ///< saves that have announced it and not copied it yet, or not put it aside
         std::vector<token_type> copies{};  ///< that were issued since the last update
         bool busy = false;                 ///< announced since the last update; the training thread's
     };
@@ -66,6 +67,7 @@ struct save_line {
         {
             std::lock_guard lock(mutex);
         }
+        take_work.notify_all();
         copy_work.notify_all();
         layer_copied.notify_all();
         commit_work.notify_all();
@@ -125,6 +127,27 @@ struct save_line {
         }
     }
 
+    /// A save that may have to give way is not copied from its snapshot before its turn: the next one takes the snapshot over at
+    /// once, and what never gets to the sink does not use up the way there. With the mutex held.
+    bool stays_aside(job_type const& job) const {
+        return options.busy == when_busy::replace && job.by_snapshot && job.place == turn::waiting && writing >= options.writing_at_once;
+    }
+
+    /// A block's copies from a snapshot are over, so that what they follow is: its layers were put aside, and no update need wait
+    /// for that any longer. With the mutex held.
+    void forget_taken([[maybe_unused]] job_type const& job, [[maybe_unused]] block_plan const& block) {
+        if constexpr (std::equality_comparable<token_type>) {
+            if (!job.by_snapshot) return;
+            token_type const* last = nullptr;
+            for (auto const& part : map.parts(block)) {
+                auto const& token = *job.taken[part.layer];
+                if (last && *last == token) continue;
+                for (auto& l : layers) std::erase(l.copies, token);
+                last = &token;
+            }
+        }
+    }
+
     // ---- how a block ends ----
 
     /// One of a block's two ends has come: with the second its buffer is free. Nothing of the job is touched afterwards.
@@ -155,10 +178,10 @@ struct save_line {
     std::stop_source cancel;           ///< of waiting for buffers
 
     mutable std::mutex mutex;
-    std::condition_variable_any copy_work, staged_work, commit_work;  ///< for the copier, the workers and the committer
-    std::condition_variable layer_copied, idle;                       ///< for the training thread
-    std::deque<job_ptr> jobs;                                         ///< in step order, until they are committed or lost
-    job_type const* newest = nullptr;                                 ///< the one that was begun last; only to be compared
+    std::condition_variable_any take_work, copy_work, staged_work, commit_work;  ///< for the taker, the copier, the workers, the committer
+    std::condition_variable layer_copied, idle;                                  ///< for the training thread
+    std::deque<job_ptr> jobs;                                                    ///< in step order, until they are committed or lost
+    job_type const* newest = nullptr;                                            ///< the one that was begun last; only to be compared
     /// The next save's, made by the copying thread. In a training that makes and frees small objects by the thousand, a single
     /// allocation of more than a kilobyte costs 0.1 ms: the C library puts all that was freed together first.
     job_ptr spare;
