@@ -8,6 +8,7 @@
 #include <thread>
 
 #include "varve/detail/text.hpp"
+#include "varve/detail/thread_name.hpp"
 
 #include "session.hpp"
 #include "store_path.hpp"
@@ -64,7 +65,11 @@ void core::run() {
         }
     };
     std::vector<std::jthread> others;
-    for (unsigned i = 1; i < options_.threads; ++i) others.emplace_back(serve);
+    for (unsigned i = 1; i < options_.threads; ++i)
+        others.emplace_back([&] {
+            varve::detail::name_this_thread("varve-serve");
+            serve();
+        });
     serve();
     others.clear();
     if (askers_) askers_->join();

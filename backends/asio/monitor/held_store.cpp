@@ -4,6 +4,7 @@
 
 #include "varve/detail/digest.hpp"
 #include "varve/detail/text.hpp"
+#include "varve/detail/thread_name.hpp"
 #include "varve/error.hpp"
 
 namespace varve::asio::server {
@@ -79,8 +80,14 @@ held_store::held_store(std::filesystem::path path, wire::hello hello, std::vecto
         keeps_newest_ = lease_.bytes() >= images * image_.size_bytes;
         credit_ = lease_.bytes();
     }
-    hasher_ = std::jthread([this](std::stop_token stop) { hash_loop(stop); });
-    thread_ = std::jthread([this] { run(); });
+    hasher_ = std::jthread([this](std::stop_token stop) {
+        varve::detail::name_this_thread("varve-hash");
+        hash_loop(stop);
+    });
+    thread_ = std::jthread([this] {
+        varve::detail::name_this_thread("varve-store");
+        run();
+    });
 }
 
 held_store::~held_store() {

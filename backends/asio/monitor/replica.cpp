@@ -12,6 +12,7 @@
 #include "varve/detail/range_reader.hpp"
 #include "varve/detail/store_folder.hpp"
 #include "varve/detail/text.hpp"
+#include "varve/detail/thread_name.hpp"
 #include "varve/error.hpp"
 #include "varve/format/safetensors.hpp"
 
@@ -132,7 +133,10 @@ replica::replica(replica_settings settings, std::optional<local_checkpoint> newe
       found_(newest.has_value()), highest_step_(newest ? newest->step : 0) {
     tensors_.layers = settings_.run.layers;
     tensors_.aliases = settings_.run.aliases;
-    thread_ = std::jthread([this] { run(); });
+    thread_ = std::jthread([this] {
+        varve::detail::name_this_thread("varve-replica");
+        run();
+    });
 }
 
 replica::~replica() {
