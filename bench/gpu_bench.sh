@@ -144,6 +144,7 @@ run_bench() {
             for size in standard large; do
                 local -n options=$size
                 varve_bench "twin-$size" 60 "${options[@]}" --num-steps "$steps" --methods none || status=1
+                twin "twin-$size" 90 "${options[@]}" --num-steps "$steps" --methods none --deterministic || status=1
                 twin "twin-$size" 90 "${options[@]}" --num-steps "$steps" --methods none || status=1
                 twin "twin-$size" 90 "${options[@]}" --num-steps "$steps" --methods none --lazy-loss || status=1
             done

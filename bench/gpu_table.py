@@ -125,10 +125,12 @@ def twin_tables(m, names):
         if names and name not in names:
             continue
         rows = []
-        for method in dict.fromkeys((r['method'], r.get('cold'), at(r, 'config.lazy_loss')) for r in runs):
-            of = [r for r in runs if (r['method'], r.get('cold'), at(r, 'config.lazy_loss')) == method]
+        kind = lambda r: (r['method'], r.get('cold'), at(r, 'config.deterministic'), at(r, 'config.lazy_loss'))
+        for method in dict.fromkeys(map(kind, runs)):
+            of = [r for r in runs if kind(r) == method]
             mid = lambda key: statistics.median(r[key] for r in of) if key in of[0] else None
-            label = method[0] + ({True: ', cold', False: ', warm'}.get(method[1], '')) + (', loss not read' if method[2] else '')
+            label = (method[0] + {True: ', cold', False: ', warm'}.get(method[1], '') + (', deterministic' if method[2] else '') +
+                     (', loss not read' if method[3] else ''))
             rows.append([label, mid('drained_sec'), mid('loop_sec'), mid('step_ms'), mid('save_ms'), mid('save_p99_ms'), mid('latency_ms'), mid('gbps'),
                          len(of)])
         print_table(f'{name}: the Python twin (torch {runs[-1]["torch"]}, {runs[-1]["device"]})',
@@ -210,10 +212,11 @@ def targets(m):
     monitor_targets(m, add)
     for size in ('standard', 'large'):
         ours = [at(d, f'results.{NONE}.loop_time_sec') for d in m.comparisons.get(f'twin-{size}', [])]
-        for lazy in (False, True):
-            theirs = m.twin(f'twin-{size}', 'none', 'loop_sec', config__lazy_loss=lazy)
+        for note, wanted in ((', deterministic as well', {'config__deterministic': True}), ('', {'config__deterministic': False, 'config__lazy_loss': False}),
+                             (', loss not read there', {'config__deterministic': False, 'config__lazy_loss': True})):
+            theirs = m.twin(f'twin-{size}', 'none', 'loop_sec', **wanted)
             if ours and theirs:
-                add(f'trainer over the twin, {size}{", loss not read there" if lazy else ""}', statistics.median(ours) / theirs, 0.95)
+                add(f'trainer over the twin, {size}{note} ({len(ours)} runs)', statistics.median(ours) / theirs, 0.95)
     cold, read = m.result('restore', LAYERWISE, 'restore.gbps'), at(m.newest('restore') or {}, 'limits.direct.read_gb_per_s')
     if cold and read:
         add(f'restore cold over the direct read limit ({cold:.2f} of {read:.2f} GB/s)', cold / read, 0.9, True)
