@@ -7,7 +7,7 @@
 #include "varve/scheduling/layerwise.hpp"
 
 // Every call by which varve takes memory of CUDA's, page-locked memory, GPU memory, events and streams, is refused once, and every
-// copy and every record of an event. The functions below stand before those of the runtime library, in this program alone.
+// copy, every record of an event and every wait for one. The functions below stand before those of the runtime library, in this program alone.
 
 namespace {
 
@@ -61,6 +61,15 @@ cudaError_t CUDARTAPI cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
     return fails_now() ? cudaErrorMemoryAllocation : real(event, stream);
 }
 
+cudaError_t CUDARTAPI cudaHostRegister(void* memory, std::size_t size, unsigned flags) {
+    static auto* const real = next<cudaError_t(void*, std::size_t, unsigned)>("cudaHostRegister");
+    return fails_now() ? cudaErrorMemoryAllocation : real(memory, size, flags);
+}
+cudaError_t CUDARTAPI cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags) {
+    static auto* const real = next<cudaError_t(cudaStream_t, cudaEvent_t, unsigned)>("cudaStreamWaitEvent");
+    return fails_now() ? cudaErrorMemoryAllocation : real(stream, event, flags);
+}
+
 }  // extern "C"
 
 namespace {
@@ -71,14 +80,23 @@ constexpr std::size_t block = varve::block_unit_bytes;
 
 bool out_of_memory(std::error_code ec) { return ec == std::errc::not_enough_memory; }
 
+enum class pool { own, given };
+
+pinned_staging staging_with(pool kind, varve::cuda::pinned_staging_options const& options) {
+    if (kind == pool::own) return pinned_staging(2 * block, block, options);
+    auto* const memory = static_cast<std::byte*>(std::aligned_alloc(4096, 2 * block));
+    std::shared_ptr<void> owner(memory, [](void* p) { std::free(p); });
+    return pinned_staging({memory, 2 * block}, block, std::move(owner), options);
+}
+
 /// Three saves; whatever memory is refused, each ends whole or says that there was none. Returns whether all are whole.
-bool saves_three_steps(device_model& model, std::size_t snapshots, cudaStream_t stream) {
+bool saves_three_steps(device_model& model, pool kind, std::size_t snapshots, cudaStream_t stream) {
     auto log = std::make_shared<checking_sink::log>();
     std::vector<int> durable;
     std::vector<varve::ticket> tickets;
     try {
         varve::checkpointer<pinned_staging, varve::layerwise<2>, checking_sink> ck(
-            model.state(), pinned_staging(2 * block, block, {.snapshots = snapshots, .measure_waits = true}), {}, checking_sink(model.state(), log));
+            model.state(), staging_with(kind, {.snapshots = snapshots, .measure_waits = true}), {}, checking_sink(model.state(), log));
         for (std::uint64_t step = 1; step <= 3; ++step) {
             ck.begin(step);
             for (std::size_t l = 0; l < model.layers(); ++l) {
@@ -182,7 +200,8 @@ BOOST_AUTO_TEST_CASE(whatever_memory_is_refused_saves_are_whole_or_say_so) {
     if (!have_gpu()) return;
     user_stream own;
     device_model model;
-    for (std::size_t snapshots : {0, 2}) each_is_refused([&] { return saves_three_steps(model, snapshots, own.stream); });
+    for (auto kind : {pool::own, pool::given})
+        for (std::size_t snapshots : {0, 2}) each_is_refused([&] { return saves_three_steps(model, kind, snapshots, own.stream); });
 }
 
 BOOST_AUTO_TEST_CASE(whatever_is_refused_a_copy_in_pieces_is_whole_or_says_so) {

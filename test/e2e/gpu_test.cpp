@@ -51,14 +51,22 @@ void every_method_is_exact(std::vector<std::string> const& methods, std::vector<
 
 BOOST_AUTO_TEST_CASE(on_a_gpu_every_method_has_the_losses_of_none_and_is_restored_bit_for_bit) {
     if (!have_tool_gpu()) return;
-    auto const methods = joined(
-        documented, runnable({"pinned+sync+posix", "pinned+async+io_uring", "pinned+layerwise+posix", "gds+async+cufile", "gds+layerwise+cufile"}));
+    auto const methods = joined(documented, runnable({"pinned+sync+posix", "pinned+async+io_uring", "pinned+layerwise+posix", "pinned+layerwise+asio",
+                                                      "gds+async+cufile", "gds+layerwise+cufile"}));
     BOOST_TEST(methods.size() >= 6u);
     every_method_is_exact(methods, tiny_model({"--checkpoint-freq", "3"}));
 }
 
 BOOST_AUTO_TEST_CASE(on_a_gpu_with_a_save_at_every_step_that_replaces_the_one_that_waits_too) {
     if (have_tool_gpu()) every_method_is_exact({"original", "layerwise"}, tiny_model({"--checkpoint-freq", "1", "--when-busy", "replace"}));
+}
+
+BOOST_AUTO_TEST_CASE(on_a_gpu_through_a_monitor_that_has_its_pool_page_locked_too) {
+    if (!have_tool_gpu()) return;
+    auto const methods = runnable({"original-monitor", "layerwise-monitor"});
+    if (methods.empty()) return skip("the monitor is not built");
+    every_method_is_exact(methods, tiny_model({"--checkpoint-freq", "3"}));
+    every_method_is_exact(methods, tiny_model({"--checkpoint-freq", "1", "--when-busy", "replace"}));
 }
 
 BOOST_AUTO_TEST_CASE(on_a_gpu_without_snapshots_and_with_a_pool_that_is_smaller_than_a_checkpoint_too) {
