@@ -240,13 +240,17 @@ void goes_on_while_it_is_put_aside(Scheduling scheduling) {
     auto control = std::make_shared<late_control>();
     checkpointer<Scheduling> ck(model.state(), late_staging(2 * block, block, 1, control), scheduling, checking_sink(model.state(), log));
     control->taking.close();
-    auto const saved = model.saved_step(ck, 1, training);
-    std::atomic<bool> opened = false;
+    std::atomic<bool> sealed = false, opened = false;
     std::jthread opener([&] {
+        for (auto const limit = std::chrono::steady_clock::now() + 10s; !sealed && std::chrono::steady_clock::now() < limit;)
+            std::this_thread::sleep_for(1ms);
         std::this_thread::sleep_for(20ms);
         opened = true;
         control->taking.open();
     });
+    auto const saved = model.saved_step(ck, 1, training);
+    BOOST_TEST(!opened);
+    sealed = true;
     ck.before_update(1, {&training});
     BOOST_TEST(opened);
     BOOST_TEST(!saved.durable().wait());
@@ -303,9 +307,16 @@ BOOST_AUTO_TEST_CASE(a_save_that_nothing_orders_behind_the_one_before_is_lost_an
         BOOST_TEST((second.durable().wait() == std::errc::operation_not_supported));
         BOOST_CHECK_EXCEPTION(ck.before_update_all({&training}), varve::error,
                               [](auto const& e) { return e.code() == std::errc::operation_not_supported; });
+        control->refuses_order = false;
+        // Each layer waits all the same, whichever comes first.
+        late_stream elsewhere;
+        for (std::size_t l = 3; l-- > 0;) {
+            ck.before_update(l, {&elsewhere});
+            model.update(l, 2, elsewhere);
+        }
         before_all.open();
         BOOST_TEST(!first.durable().wait());
-        control->refuses_order = false;
+        late_event(elsewhere, control).wait();
         BOOST_TEST(!model.saved_step(ck, 3, training).durable().wait());
         BOOST_TEST(log->steps == (std::vector<int>{1, 3}), boost::test_tools::per_element());
     }

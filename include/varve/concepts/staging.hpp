@@ -91,7 +91,8 @@ concept digest = requires(S& s, typename S::buffer_type const& b, std::size_t si
 ///     noexcept and yields a copyable `point_type`: all work that is in `order` by now;
 ///  6. `copy(buffer, ranges, point)` is noexcept and gathers ranges into the buffer once the work before `point` is done;
 ///  7. it answers with a copyable `token_type`: wait() returns when the copy is done, with its error, on any thread, again
-///     and again; a tensor in host memory has been read when copy returns;
+///     and again; a tensor in host memory has been read when copy returns. Tokens that compare equal, where they can be
+///     compared, stand for the same copies;
 ///  8. `order_after(token, order)` makes later work in `order` wait for the copy, on a host by waiting itself.
 /// It need not copy asynchronously. The training thread records and orders while one other thread acquires and copies.
 template <class S>
@@ -135,7 +136,8 @@ concept snapshot_digest = requires(S& s, S const& c, typename S::snapshot_type c
 ///  5. `copy(buffer, buffer_offset_bytes, snapshot, offset_bytes, size_bytes, taken)` is noexcept and copies that range of
 ///     the image's data, counted from its start, once `taken`, the token of the layers there, is ready; if that ends
 ///     with an error, so does the copy's token.
-/// The training thread acquires, a second one takes and the copying thread copies, all at the same time.
+/// The training thread records, orders and acquires snapshots, a second one takes, and the copying thread copies and hashes, all
+/// at the same time, also with one snapshot.
 template <class S>
 concept snapshotting_staging = staging<S> && detail::staging_has::snapshots<S>;
 

@@ -107,8 +107,23 @@ public:
         std::size_t layer;
     };
 
-    /// Returns when nothing that reads the layers' tensors can be overtaken by work that `order` gets from now on.
+    /// Returns when nothing that reads the layers' tensors can be overtaken by work that `order` gets from now on. What is refused
+    /// is waited for when it is called again.
     std::optional<refusal> before_update(std::span<std::size_t const> layers, order_type order) {
+        if (!busy()) return {};
+        if (auto refused = order_behind(layers, order)) return refused;
+        // Nothing came meanwhile: only this thread announces.
+        std::lock_guard lock(line_.mutex);
+        for (auto layer : layers) {
+            auto& l = line_.layers[layer];
+            l.copies.clear();
+            if (std::exchange(l.busy, false)) --busy_layers_;
+        }
+        return {};
+    }
+
+    /// The same for work that is no update: updates wait all the same.
+    std::optional<refusal> order_behind(std::span<std::size_t const> layers, order_type order) {
         if (!busy()) return {};
         copies_.clear();
         {
@@ -116,24 +131,12 @@ public:
             for (auto layer : layers) {
                 auto& l = line_.layers[layer];
                 line_.layer_copied.wait(lock, [&] { return l.uncopied == 0; });
-                for (auto& token : l.copies)
-                    if (!repeats(token)) copies_.push_back({layer, std::move(token)});
-                l.copies.clear();
-                if (std::exchange(l.busy, false)) --busy_layers_;
+                for (auto const& token : l.copies)
+                    if (!repeats(token)) copies_.push_back({layer, token});
             }
         }
-        for (auto copy = copies_.begin(); copy != copies_.end(); ++copy) {
-            auto const ec = staging_.order_after(copy->token, order);
-            if (!ec) continue;
-            // Whoever tries again, once the stream is no longer captured, waits for the rest.
-            std::lock_guard lock(line_.mutex);
-            for (auto rest = copy; rest != copies_.end(); ++rest) {
-                auto& l = line_.layers[rest->layer];
-                l.copies.push_back(rest->token);
-                if (!std::exchange(l.busy, true)) ++busy_layers_;
-            }
-            return refusal{ec, copy->layer};
-        }
+        for (auto const& copy : copies_)
+            if (auto const ec = staging_.order_after(copy.token, order)) return refusal{ec, copy.layer};
         return {};
     }
 
@@ -173,7 +176,7 @@ private:
     line_type& line_;
     Staging& staging_;
     std::size_t busy_layers_ = 0;     ///< announced since their last update
-    std::vector<layer_copy> copies_;  ///< scratch, kept since allocations cost: see save_line::spare
+    std::vector<layer_copy> copies_;  ///< scratch, kept since allocations cost (see save_line::spare)
 };
 
 }  // namespace varve::detail

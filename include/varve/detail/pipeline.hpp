@@ -109,7 +109,9 @@ public:
     bool is_announced(job_type const& job, std::size_t layer) const { return announcer_.is_announced(job, layer); }
     void announce(job_type& job, std::span<std::size_t const> layers, order_type order) { announcer_.announce(job, layers, order); }
     void seal(job_type& job, metadata_map metadata) { announcer_.seal(job, std::move(metadata)); }
-    auto before_update(std::span<std::size_t const> layers, order_type order) { return announcer_.before_update(layers, order); }
+    using refusal = typename announcer<Staging, Sink>::refusal;
+    std::optional<refusal> before_update(std::span<std::size_t const> layers, order_type order) { return announcer_.before_update(layers, order); }
+    std::optional<refusal> order_behind(std::span<std::size_t const> layers, order_type order) { return announcer_.order_behind(layers, order); }
     bool busy() const noexcept { return announcer_.busy(); }
     /// Ends a save early with that outcome; false if it was over already.
     bool abandon(job_ptr const& job, std::error_code why) { return line_.abandon(job, why); }

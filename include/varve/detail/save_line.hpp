@@ -51,8 +51,10 @@ struct save_line {
     save_line(varve::state const& s, image laid_out, std::size_t block_bytes, copy_moment when, checkpointer_options const& o)
         : state(s), options(o), copies(when), layout(std::move(laid_out)), map(layout, s, block_bytes),
           blocks_at_once(std::max<std::uint64_t>(1, o.batch_bytes / block_bytes)), layers(s.layers.size()) {
-        for (std::size_t l = 0; l < layers.size(); ++l)
+        for (std::size_t l = 0; l < layers.size(); ++l) {
             for (auto const& t : s.layers[l].tensors) layers[l].bytes += t.size_bytes();
+            layers[l].copies.reserve(2);
+        }
     }
 
     std::size_t blocks() const noexcept { return map.blocks().size(); }

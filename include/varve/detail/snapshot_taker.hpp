@@ -4,7 +4,6 @@
 #include <cstddef>
 #include <mutex>
 #include <stop_token>
-#include <utility>
 #include <vector>
 
 #include "varve/concepts/sink.hpp"
@@ -24,7 +23,10 @@ public:
     using job_type = typename line_type::job_type;
     using job_ptr = typename line_type::job_ptr;
 
-    snapshot_taker(line_type& line, Staging& staging) : line_(line), staging_(staging) {}
+    snapshot_taker(line_type& line, Staging& staging) : line_(line), staging_(staging) {
+        layers_.reserve(line.layers.size());
+        points_.reserve(line.layers.size());
+    }
 
     /// Puts layers aside until it is to stop.
     void run(std::stop_token stop)
@@ -38,8 +40,8 @@ public:
             job->to_take.clear();
             if (!job->error) take(*job, lock);
             for (auto layer : layers_) --line_.layers[layer].uncopied;
-            // Nobody for nothing, see save_line::end_of.
             line_.layer_copied.notify_all();
+            // Nobody for nothing, see save_line::end_of.
             if (job->over()) line_.commit_work.notify_one();
             if (!line_.stays_aside(*job)) line_.copy_work.notify_one();
         }
@@ -60,6 +62,7 @@ private:
         lock.unlock();
         auto token = staging_.take(job.snapshot, layers_, points_);
         points_.clear();
+        // Before the copies may come: they are told in this order.
         for (auto layer : layers_)
             line_.options.observers.on({.what = milestone::layer_copied, .step = job.step(), .layer = line_.state.layers[layer].name});
         lock.lock();
@@ -72,7 +75,7 @@ private:
 
     line_type& line_;
     Staging& staging_;
-    // Scratch.
+    // Scratch, with room for all: without memory this thread could not say so.
     std::vector<std::size_t> layers_;
     std::vector<typename Staging::point_type> points_;
 };
