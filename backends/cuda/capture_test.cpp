@@ -35,7 +35,10 @@ BOOST_AUTO_TEST_CASE(a_stream_that_is_captured_is_refused_and_the_capture_goes_o
         auto before = train_step(ck, model, 1, own.stream);
         cudaGraph_t graph = nullptr;
         expect(::cudaStreamBeginCapture(own.stream, cudaStreamCaptureModeGlobal));
-        BOOST_CHECK_EXCEPTION(ck.before_update(0, {own.stream}), varve::error, [](auto const& e) { return e.code() == varve::errc::unsupported; });
+        // A snapshot may have been copied by then, and need not be waited for.
+        if (snapshots == 0)
+            BOOST_CHECK_EXCEPTION(ck.before_update(0, {own.stream}), varve::error,
+                                  [](auto const& e) { return e.code() == varve::errc::unsupported; });
         for (auto const& l : model.state().layers) expect(::cudaMemsetAsync(l.tensors[0].data, 9, l.tensors[0].size_bytes(), own.stream));
         std::this_thread::sleep_for(50ms);
         auto refused = ck.save(2, {}, {own.stream});

@@ -73,11 +73,11 @@ public:
     late_stream& operator=(late_stream const&) = delete;
 
     /// The GPU does not get to what is enqueued from now on within the next milliseconds. The future's end waits for them.
-    std::future<void> hold() {
+    std::future<void> hold(std::chrono::milliseconds at_least = 10ms) {
         door_.close();
         varve_test::hold(stream_, door_);
-        return std::async(std::launch::async, [this] {
-            std::this_thread::sleep_for(10ms);
+        return std::async(std::launch::async, [this, at_least] {
+            std::this_thread::sleep_for(at_least);
             door_.open();
         });
     }
@@ -294,13 +294,15 @@ BOOST_AUTO_TEST_CASE(a_step_in_a_captured_graph_is_saved_with_before_update_ahea
                                              pinned_file_sink(control), folder.path(), {.keep = kept});
             at::cuda::CUDAGraph graph;
             std::vector<varve::ticket> saves;
+            std::future<void> opener;
             auto const whole_step = [&] {
                 run.model->loss(input).backward();
                 run.update();
             };
             for (std::uint64_t step = 1; step <= steps; ++step) {
                 if (step == 3) {
-                    // In the strictest mode, with two saves on varve's threads. The gradients come from the graph's memory.
+                    // In the strictest mode, with two saves on varve's threads, the second of which waits for its step. The gradients
+                    // come from the graph's memory.
                     run.optimizer->zero_grad();
                     graph.capture_begin();
                     BOOST_CHECK_EXCEPTION(ck.before_update_all(here()), varve::error, is_unsupported);
@@ -308,8 +310,9 @@ BOOST_AUTO_TEST_CASE(a_step_in_a_captured_graph_is_saved_with_before_update_ahea
                     std::this_thread::sleep_for(20ms);
                     graph.capture_end();
                 }
+                opener = {};
                 fill(input, step);
-                auto const opener = late.hold();
+                opener = late.hold(step == 2 ? 300ms : 10ms);
                 ck.before_update_all(here());
                 if (step < 3) {
                     run.optimizer->zero_grad();
@@ -345,9 +348,12 @@ BOOST_AUTO_TEST_CASE(layerwise_calls_in_a_capture_are_unsupported_and_its_graph_
             checkpointer<varve::layerwise<2>> ck(run.training->state(), pinned_staging(2 * block, block, {.snapshots = snapshots}),
                                                  varve::layerwise<2>{}, pinned_file_sink(control), folder.path(), {.keep = kept});
             in_current_stream listener(ck);
+            late_stream late(here().stream);
             at::cuda::CUDAGraph waiting, announcing;
             control->door.close();
             run.model->loss(input).backward();
+            // The save waits for its step until the first capture is over.
+            auto const opener = late.hold(300ms);
             ck.begin(1);
             run.update_by_layer(listener);
             auto const first = ck.seal({}, here());
