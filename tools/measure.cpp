@@ -40,7 +40,7 @@ double median(std::vector<double> values) {
 
 void save_recorder::on(event const& e) noexcept {
     counters_.on(e);
-    // A save has hundreds of others, one a layer and block, most of them on the training thread.
+    // A save has hundreds of others, one a layer and block, some of them on the training thread.
     if (e.what != milestone::begin && e.what != milestone::written && e.what != milestone::durable && e.what != milestone::failed) return;
     auto const now = clock::now();
     try {

@@ -33,11 +33,10 @@ struct pinned_staging_options {
 /// A pool of buffers in page-locked host memory, filled from GPU memory by copies on streams of its own.
 ///
 /// A copy follows the work that the recorded point stands for, and an update follows the copy, through events: nothing
-/// waits for a whole device, and the training thread waits for no copy. Tensors may lie on several devices and in host
-/// memory; those that say memory_kind::host have been written by the CPU when their layer is announced, those that say
-/// pinned may be written by the stream. A stream that is being captured cannot be copied from: the save ends with errc::unsupported.
-/// With snapshots it satisfies snapshot_digesting_staging: the CPU touches no byte of a save. Source: CUDA Runtime API, "Stream Management", "Event
-/// Management".
+/// waits for a whole device, and the training thread waits until copies are issued, not until they are done. Tensors may lie on several devices and
+/// in host memory; those that say memory_kind::host have been written by the CPU when their layer is announced, those that say pinned may be written
+/// by the stream. A stream that is being captured cannot be copied from: the save ends with errc::unsupported. With snapshots it satisfies
+/// snapshot_digesting_staging: the CPU touches no byte of a save. Source: CUDA Runtime API, "Stream Management", "Event Management".
 ///
 ///     varve::cuda::pinned_staging staging(8 * block_bytes, block_bytes, {.snapshots = 2});
 class pinned_staging : public detail::stream_staging {
