@@ -17,8 +17,8 @@ constexpr std::size_t most_at_once = 30;
 }  // namespace
 
 session::session(std::unique_ptr<dialogue> open, wire::welcome const& greeting, session_settings settings)
-    : dialogue_(std::move(open)), settings_(std::move(settings)), greeting_(greeting), silence_(dialogue_->context()), end_(dialogue_->context()),
-      next_number_(dialogue_->writer().next()), credit_(greeting.credit_bytes) {}
+    : dialogue_(std::move(open)), settings_(std::move(settings)), greeting_(greeting), watch_(dialogue_->context()), end_(dialogue_->context()),
+      silence_(clock::now()), next_number_(dialogue_->writer().next()), credit_(greeting.credit_bytes) {}
 
 session::loans session::run() noexcept {
     try {
@@ -291,7 +291,7 @@ void session::process() {
             std::lock_guard lock(mutex_);
             if (lost_) return;
         }
-        heard_ = clock::now();
+        silence_.broken(clock::now());
         dialogue_->buffer().filled(n);
         if (ec && n == 0) {
             ended_by_monitor_ = true;
@@ -350,10 +350,12 @@ std::shared_ptr<relayed_save> session::find(std::uint64_t id) {
 }
 
 void session::watch_silence() {
-    silence_.expires_after(std::max(settings_.silence / 4, std::chrono::milliseconds(1)));
-    silence_.async_wait([this](boost::system::error_code ec) {
+    auto const period = std::max(settings_.silence / 4, std::chrono::milliseconds(1));
+    watch_.expires_after(period);
+    watch_.async_wait([this, period](boost::system::error_code ec) {
         if (ec) return;
-        if (pings_ && clock::now() - heard_ >= settings_.silence) return lose("it says nothing");
+        auto const silent = silence_.lasted(clock::now(), period);
+        if (pings_ && silent >= settings_.silence) return lose("it says nothing");
         watch_silence();
     });
 }
@@ -379,7 +381,7 @@ void session::lose(std::string const& why, bool leave_open) noexcept {
         dialogue_->context().stop();
     else
         dialogue_->stream().close();
-    silence_.cancel();
+    watch_.cancel();
     end_.cancel();
     auto const end = [](std::deque<outgoing> const& queue) {
         for (auto const& o : queue)

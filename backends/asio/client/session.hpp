@@ -19,6 +19,7 @@
 
 #include "dialogue.hpp"
 #include "relayed_save.hpp"
+#include "transport/silence.hpp"
 #include "varve/concepts/relaying_sink.hpp"
 #include "varve/concepts/sink.hpp"
 #include "varve/loan.hpp"
@@ -96,8 +97,8 @@ private:
     std::unique_ptr<dialogue> dialogue_;
     session_settings const settings_;
     wire::welcome const greeting_;
-    boost::asio::steady_timer silence_, end_;
-    std::chrono::steady_clock::time_point heard_{};
+    boost::asio::steady_timer watch_, end_;
+    silence silence_;            ///< of the monitor; the running thread's
     std::uint64_t next_number_;  ///< of the frames sent; the running thread's
     std::vector<outgoing> writing_;
 

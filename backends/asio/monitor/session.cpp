@@ -28,7 +28,7 @@ constexpr std::chrono::milliseconds farewell_limit{2'000};
 
 session::session(std::shared_ptr<core> in, std::unique_ptr<stream> connection)
     : core_(std::move(in)), stream_(std::move(connection)), peer_(stream_->peer()), over_network_(!stream_->passes_descriptors()),
-      timer_(stream_->executor()), started_(clock::now()), heard_(started_), buffer_(buffer_bytes) {}
+      timer_(stream_->executor()), age_(clock::now()), silence_(clock::now()), buffer_(buffer_bytes) {}
 
 void session::start() {
     boost::asio::dispatch(stream_->executor(), [self = shared_from_this()] {
@@ -59,7 +59,7 @@ void session::read() {
 
 void session::was_read(std::error_code ec, std::size_t n) {
     if (state_ >= state::ending) return;
-    heard_ = clock::now();
+    silence_.broken(clock::now());
     end_ += n;
     // What came before the end still counts.
     if (n > 0) take_frames();
@@ -113,7 +113,7 @@ void session::read_payload() {
     stream_->read(std::span(payload_).subspan(have), step, [self = shared_from_this()](std::error_code ec, std::size_t) {
         self->reading_ = false;
         if (self->state_ >= state::ending) return;
-        self->heard_ = clock::now();
+        self->silence_.broken(clock::now());
         if (ec) return self->close();
         self->guarded([&] {
             if (self->payload_.size() < self->head_->payload_bytes) return self->read_payload();
@@ -151,7 +151,7 @@ void session::read_data() {
     stream_->read(rest, std::min(rest.size(), step_bytes), [self = shared_from_this(), keep](std::error_code ec, std::size_t n) {
         self->reading_ = false;
         if (self->state_ >= state::ending) return;
-        self->heard_ = clock::now();
+        self->silence_.broken(clock::now());
         if (ec) return self->close();
         self->placed_ += n;
         self->guarded([&] {
@@ -364,20 +364,20 @@ void session::let_go() {
 void session::tick() {
     if (state_ >= state::ending) return;
     auto const& o = core_->options();
-    auto const now = clock::now();
-    if (state_ == state::greeting && now - started_ >= o.hello_limit)
+    auto const age = age_.lasted(clock::now(), period_), silent = silence_.lasted(clock::now(), period_);
+    if (state_ == state::greeting && age >= o.hello_limit)
         return fail(error(std::make_error_code(std::errc::timed_out), "no HELLO within " + std::to_string(o.hello_limit.count()) + " ms"));
     if (state_ != state::greeting) {
         // A Unix socket ends with its process: one that says nothing may be in a debugger's hands.
-        if (over_network_ && now - heard_ >= o.silence_limit)
+        if (over_network_ && silent >= o.silence_limit)
             return fail(
                 error(std::make_error_code(std::errc::timed_out), "nothing was heard for " + std::to_string(o.silence_limit.count()) + " ms"));
         guarded([&] { send(wire::ping{}); });
     }
     if (state_ >= state::ending) return;
-    clock::duration next = o.ping_every;
-    if (state_ == state::greeting) next = std::min<clock::duration>(next, started_ + o.hello_limit - now);
-    timer_.expires_after(next);
+    period_ = o.ping_every;
+    if (state_ == state::greeting) period_ = std::min<clock::duration>(period_, o.hello_limit - age);
+    timer_.expires_after(period_);
     timer_.async_wait([self = shared_from_this()](boost::system::error_code ec) {
         if (!ec) self->tick();
     });

@@ -16,6 +16,7 @@
 
 #include "core.hpp"
 #include "held_store.hpp"
+#include "transport/silence.hpp"
 
 namespace varve::asio::server {
 
@@ -85,7 +86,8 @@ private:
     std::string const peer_;
     bool const over_network_;
     boost::asio::steady_timer timer_;
-    clock::time_point started_, heard_;
+    silence age_, silence_;      ///< since it was accepted, and since something came
+    clock::duration period_{0};  ///< of tick
 
     wire::frame_reader frames_in_{wire::peer::trainer};
     wire::frame_writer frames_out_;
