@@ -56,22 +56,31 @@ public:
             if (has_files(m)) prepare_bench_store(store_of(m));
         if (!plan_.title.empty()) err_ << plan_.title << '\n' << std::flush;
 
-        // What was measured is not lost to the method that fails behind it.
+        // What was measured is not lost to the method that fails behind it, nor whole rounds to a stop.
         std::exception_ptr failure;
+        auto rounds = settings_.run.repeat;
         for (std::uint64_t repeat = 0; repeat < settings_.run.repeat && !failure; ++repeat) {
             for (auto& m : methods_) {
                 settle_disk(checkpoints);
-                if (stop_signals::requested()) throw interrupted("stopped before " + m.name + "; no result was written");
                 try {
+                    if (stop_signals::requested()) throw interrupted("stopped before " + m.name);
                     run_method(m, repeat);
                 } catch (method_failed const&) {
                     failure = std::current_exception();
+                    break;
+                } catch (interrupted const& e) {
+                    if (repeat == 0) throw interrupted(e.what() + std::string("; no result was written"));
+                    failure = std::make_exception_ptr(interrupted(
+                        e.what() + ("; the result is of the " + std::to_string(repeat) + (repeat == 1 ? " round" : " rounds") + " before")));
+                    rounds = repeat;
                     break;
                 }
                 // Between the runs, so that it sees the disk in the state in which they see it.
                 if (m.name == "none") measure_disk(checkpoints);
             }
         }
+        for (auto& m : methods_) m.runs.resize(std::min<std::size_t>(m.runs.size(), rounds));
+        best_write_.resize(std::min<std::size_t>(best_write_.size(), rounds));
         std::erase_if(methods_, [](auto const& m) { return m.runs.empty(); });
         if (failure && methods_.size() < 2) std::rethrow_exception(failure);
         auto const compared = compare_runs(methods_, best_write_);
@@ -80,6 +89,7 @@ public:
         document["machine"] = describe_machine(checkpoints);
         for (auto const& [key, value] : methods_.front().runs.front().at("_torch").items()) document["machine"][key] = value;
         document["config"] = to_json(settings_);
+        document["config"]["run"]["repeat"] = rounds;
         document["config"]["run"]["checkpoint_dir"] = checkpoints.string();
         document["config"]["run"]["device"] = chosen_device(settings_);  // what auto came to
         document["config"]["run"]["update"] = chosen_update(settings_);
@@ -117,8 +127,7 @@ private:
         json job{{"settings", to_json(settings_)}, {"method", m.name}, {"store", store_of(m).string()}, {"label", label}};
         auto const child = run_self({"bench-run"}, job.dump());
         if (stop_signals::requested() || child.exit_code == 130)
-            throw interrupted("stopped during " + label + "; no result was written" +
-                              (has_files(m) ? ", its checkpoints are in " + store_of(m).string() : ""));
+            throw interrupted("stopped during " + label + (has_files(m) ? ", whose checkpoints are in " + store_of(m).string() : ""));
         auto run = json::parse(child.output, nullptr, false);
         if (child.exit_code != 0 || run.is_discarded()) {
             if (child.signal == 9) throw method_failed(label + " was killed: out of memory, as a rule; take a smaller model or --pool-size-mb");

@@ -363,4 +363,30 @@ BOOST_AUTO_TEST_CASE(a_stopped_bench_drains_and_writes_no_result) {
     BOOST_TEST(result_in(folder.path()).empty());
 }
 
+BOOST_AUTO_TEST_CASE(a_bench_that_is_stopped_in_a_later_round_keeps_those_before) {
+    temporary_folder folder;
+    running_tool bench(
+        joined({"bench", "--methods", "layerwise", "--repeat", "1000", "--output-dir", folder / "results", "--events", folder / "events"},
+               tiny_model({"--num-steps", "4", "--checkpoint-freq", "2", "--warmup", "0"})));
+    BOOST_TEST_REQUIRE(bench.comes_to([&] {
+        if (!std::filesystem::exists(folder / "events")) return false;
+        auto const events = read_events(folder / "events");
+        return std::count_if(events.begin(), events.end(), [](auto const& e) { return e.at("event") == "step" && e.at("method") == "none"; }) > 4;
+    }));
+    bench.signal(SIGINT);
+    BOOST_TEST_REQUIRE(bench.ends_within(std::chrono::seconds(60)));
+    auto const r = bench.wait();
+    BOOST_TEST(r.code == 130, r.err);
+    BOOST_TEST(r.err.find("before") != std::string::npos, r.err);
+    auto const result = result_in(folder / "results");
+    BOOST_TEST_REQUIRE(!result.empty(), r.err);
+    auto const document = read_json(result);
+    auto const rounds = document.at("/config/run/repeat"_json_pointer).get<std::size_t>();
+    BOOST_TEST((rounds >= 1 && rounds < 1000));
+    for (auto const& [key, of] : document.at("results").items()) {
+        BOOST_TEST(of.at("final_loss").is_number(), key);
+        BOOST_TEST((of.contains("repeats") ? of.at("repeats").size() : 1) == rounds, key);
+    }
+}
+
 }  // namespace varve_test

@@ -78,10 +78,14 @@ bool running_tool::ends_within(std::chrono::milliseconds time) {
     return true;
 }
 
-bool running_tool::comes_to_write_events(fs::path const& file) {
-    while (!fs::exists(file) || read_events(file).size() < 2)
+bool running_tool::comes_to(std::function<bool()> const& condition) {
+    while (!condition())
         if (ends_within(std::chrono::milliseconds(50))) return false;
     return true;
+}
+
+bool running_tool::comes_to_write_events(fs::path const& file) {
+    return comes_to([&] { return fs::exists(file) && read_events(file).size() >= 2; });
 }
 
 outcome running_tool::wait() {

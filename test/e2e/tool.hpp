@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <map>
 #include <string>
 #include <vector>
@@ -29,7 +30,9 @@ public:
     void signal(int number) const;
     /// Whether it ended within that time.
     bool ends_within(std::chrono::milliseconds time);
-    /// Waits until it has written two events there; false where it ends before.
+    /// Waits until that holds; false where it ends before.
+    bool comes_to(std::function<bool()> const& condition);
+    /// The same of two events that it has written there.
     bool comes_to_write_events(std::filesystem::path const& file);
     outcome wait();
 
