@@ -2,6 +2,9 @@
 
 #include <dlfcn.h>
 #include <array>
+#include <atomic>
+#include <cstdlib>
+#include <memory>
 
 #include "device_model.hpp"
 #include "varve/scheduling/layerwise.hpp"
@@ -85,6 +88,7 @@ enum class pool { own, given };
 pinned_staging staging_with(pool kind, varve::cuda::pinned_staging_options const& options) {
     if (kind == pool::own) return pinned_staging(2 * block, block, options);
     auto* const memory = static_cast<std::byte*>(std::aligned_alloc(4096, 2 * block));
+    BOOST_TEST_REQUIRE(memory);
     std::shared_ptr<void> owner(memory, [](void* p) { std::free(p); });
     return pinned_staging({memory, 2 * block}, block, std::move(owner), options);
 }

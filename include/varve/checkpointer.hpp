@@ -9,7 +9,6 @@
 #include <optional>
 #include <span>
 #include <string>
-#include <thread>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -106,8 +105,8 @@ public:
     }
 
     /// Returns when layer `layer` may be updated by work in `order`: on a host when no copy reads it, on a GPU when the
-    /// stream waits for those that do. Throws errc::out_of_order for a layer that the save under way has announced, and the code of a
-    /// staging that cannot have the stream wait (errc::unsupported while it is captured): nothing may be updated then.
+    /// stream waits for those that do. Throws errc::out_of_order for a layer that the save under way has announced, and what a
+    /// staging says that cannot have the stream wait (errc::unsupported while it is captured): nothing may be updated then.
     void before_update(std::size_t layer, order_type order = {}) { before_update_of(layer, layer + 1, order); }
 
     /// The same for layers [first, last), and for all of them: cheaper than one call a layer.
@@ -121,8 +120,7 @@ public:
     void before_update() { before_update_all({}); }
 
     /// The layer's update is done, or is in `order`; a layerwise save copies it from now on. Nothing outside of a save.
-    /// Throws errc::state_changed where the layer's tensors are no longer what the state says: the save fails with it. Other errors
-    /// of the save are the ticket's.
+    /// Throws errc::state_changed where the layer's tensors are no longer what the state says: the save fails with it.
     void layer_ready(std::size_t layer, order_type order = {}) { layers_ready(layer, layer + 1, order); }
     /// The same for layers [first, last), whose updates were one: they become one point of `order`'s work.
     void layers_ready(std::size_t first, std::size_t last, order_type order = {}) {
@@ -340,13 +338,11 @@ private:
     template <class Job>
     void announce_to(Job const& job, std::span<std::size_t const> layers, order_type order) {
         // Who announces a layer without before_update has not updated it, but the hook may: an earlier save comes first.
-        if (pipeline_->busy()) {
+        auto const refused = [&] {
             timed waiting(stalls_.wait_ns);
-            if (auto const refused = pipeline_->order_behind(layers, order)) {
-                pipeline_->abandon(job, refused->error);
-                return;
-            }
-        }
+            return pipeline_->order_behind(layers, order);
+        }();
+        if (refused) return void(pipeline_->abandon(job, refused->error));
         for (auto layer : layers) bring_up_to_date(layer);
         pipeline_->announce(*job, layers, order);
     }

@@ -64,10 +64,16 @@ public:
     }
 
     bool empty() const noexcept { return entries_.empty(); }
+    /// The time of events that are told one after the other; 0 where nobody listens.
+    std::int64_t now_ns() const noexcept {
+        if (entries_.empty()) return 0;
+        return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::system_clock::now().time_since_epoch()).count();
+    }
 
+    /// One without a time happens now.
     void on(event e) const noexcept {
         if (entries_.empty()) return;
-        e.time_ns = std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::system_clock::now().time_since_epoch()).count();
+        if (e.time_ns == 0) e.time_ns = now_ns();
         for (auto const& entry : entries_) entry.call(entry.who, e);
     }
 

@@ -74,6 +74,7 @@ struct late_control {
     std::function<void(std::size_t layer)> taken{};  ///< called when a layer was put aside
     gate taking;                                     ///< of what is put aside, before it is enqueued
     std::atomic<int> takes{0};                       ///< that were enqueued
+    std::atomic<int> from_tensors{0};                ///< copies that were enqueued
     std::atomic<int> ordered{0};                     ///< waits for a copy that were enqueued
     std::atomic<bool> refuses_order = false;         ///< such a wait cannot be enqueued
     bool hashes = true;                              ///< of snapshots
@@ -170,6 +171,7 @@ public:
     }
 
     token_type copy(buffer_type& into, std::span<varve::copy_range const> ranges, point_type const& after) noexcept {
+        ++shared_->control->from_tensors;
         std::vector<varve::copy_range> later;
         auto* const to = into.data();
         for (auto const& r : ranges) {

@@ -42,8 +42,8 @@ using checkpointer = varve::checkpointer<late_staging, Scheduling, checking_sink
 /// update, but for the time of one, in which it says nothing true.
 class late_model {
 public:
-    late_model() {
-        for (std::size_t l = 0; l < 3; ++l) {
+    explicit late_model(std::size_t layers = 3) {
+        for (std::size_t l = 0; l < layers; ++l) {
             auto name = "layer" + std::to_string(l);
             auto& w = weights_.emplace_back(block + 4099 + l);
             auto& s = scalars_.emplace_back(5 + l);
@@ -90,6 +90,16 @@ private:
     std::vector<std::vector<std::byte>> weights_, scalars_;
     varve::state state_;
 };
+
+/// Waits, for some seconds at most.
+template <class Condition>
+bool comes_to(Condition condition) {
+    for (auto const limit = std::chrono::steady_clock::now() + 20s; !condition();) {
+        if (std::chrono::steady_clock::now() > limit) return false;
+        std::this_thread::sleep_for(100us);
+    }
+    return true;
+}
 
 template <class Scheduling>
 void never_mixes_steps(Scheduling scheduling) {
@@ -223,7 +233,7 @@ BOOST_AUTO_TEST_CASE(no_update_overtakes_what_a_lost_save_still_puts_aside) {
             ck.begin(step);
             // What half of the bytes make is put aside at once, and lost at seal.
             model.step(ck, step, training, true);
-            while (control->takes == before) std::this_thread::yield();
+            BOOST_TEST(comes_to([&] { return control->takes != before; }));
             BOOST_TEST((ck.seal({{"k", std::string(100'000, 'x')}}, {&training}).durable().wait() == varve::errc::metadata_too_large));
             for (auto const next : {step + 1, step + 2}) model.step(ck, next, training);
             expected.insert(expected.end(), 2, static_cast<int>(step));
@@ -242,8 +252,7 @@ void goes_on_while_it_is_put_aside(Scheduling scheduling) {
     control->taking.close();
     std::atomic<bool> sealed = false, opened = false;
     std::jthread opener([&] {
-        for (auto const limit = std::chrono::steady_clock::now() + 10s; !sealed && std::chrono::steady_clock::now() < limit;)
-            std::this_thread::sleep_for(1ms);
+        comes_to([&] { return sealed.load(); });
         std::this_thread::sleep_for(20ms);
         opened = true;
         control->taking.open();
@@ -262,6 +271,55 @@ BOOST_AUTO_TEST_CASE(training_goes_on_while_a_save_is_put_aside_and_only_its_nex
     goes_on_while_it_is_put_aside(varve::layerwise<1>{});
 }
 
+BOOST_AUTO_TEST_CASE(a_layerwise_save_is_put_aside_half_way_and_at_its_end) {
+    late_model model(6);
+    late_stream training;
+    auto control = std::make_shared<late_control>();
+    checkpointer<varve::layerwise<2>> ck(model.state(), late_staging(16 * block, block, 1, control), {},
+                                         checking_sink(model.state(), std::make_shared<checking_sink::log>()));
+    ck.begin(1);
+    for (std::size_t l = 0; l < 6; ++l) {
+        ck.before_update(l, {&training});
+        model.update(l, 1, training);
+        ck.layer_ready(l, {&training});
+        // It is there while the others are still to be updated.
+        if (l == 3) BOOST_TEST(comes_to([&] { return control->takes == 1; }));
+    }
+    BOOST_TEST(control->takes == 1);
+    BOOST_TEST(!ck.seal({}, {&training}).durable().wait());
+    BOOST_TEST(control->takes == 2);
+}
+
+BOOST_AUTO_TEST_CASE(a_save_gives_way_once_it_is_put_aside_and_the_next_takes_its_snapshot_over) {
+    late_model model;
+    late_stream training;
+    auto log = std::make_shared<checking_sink::log>();
+    log->door.close();
+    auto control = std::make_shared<late_control>();
+    varve::checkpointer_options options;
+    options.busy = varve::when_busy::replace;
+    options.digest_workers = 8;
+    {
+        checkpointer<varve::async<2>> ck(model.state(), late_staging(16 * block, block, 1, control), {}, checking_sink(model.state(), log), options);
+        auto const first = model.saved_step(ck, 1, training);
+        BOOST_TEST(!first.staged().wait_for(20s));
+        control->taking.close();
+        auto const second = model.saved_step(ck, 2, training);
+        std::jthread opener([&] {
+            std::this_thread::sleep_for(20ms);
+            control->taking.open();
+        });
+        // The taker is at the second one's.
+        ck.begin(3);
+        BOOST_TEST((second.durable().wait_for(20s) == varve::errc::replaced));
+        model.step(ck, 3, training, true);
+        ck.seal({}, {&training});
+        log->door.open();
+    }
+    BOOST_TEST(control->from_tensors == 0);
+    BOOST_TEST(log->steps == (std::vector<int>{1, 3}), boost::test_tools::per_element());
+}
+
 BOOST_AUTO_TEST_CASE(an_update_waits_for_no_snapshot_of_which_a_copy_came_and_for_one_that_is_not_copied_yet) {
     for (bool copied : {true, false}) {
         late_model model;
@@ -276,10 +334,10 @@ BOOST_AUTO_TEST_CASE(an_update_waits_for_no_snapshot_of_which_a_copy_came_and_fo
                                              options);
         auto const first = model.saved_step(ck, 1, training);
         // The door keeps the sink from it, so that the second save keeps to its snapshot.
-        BOOST_TEST_REQUIRE(!first.staged().wait());
-        if (copied) BOOST_TEST_REQUIRE(!first.durable().wait());
+        BOOST_TEST(!first.staged().wait_for(20s));
+        if (copied) BOOST_TEST(!first.durable().wait_for(20s));
         auto const second = model.saved_step(ck, 2, training);
-        if (copied) BOOST_TEST_REQUIRE(!second.staged().wait());
+        if (copied) BOOST_TEST(!second.staged().wait_for(20s));
         control->ordered = 0;
         model.step(ck, 3, training);
         BOOST_TEST((control->ordered == 0) == copied);
@@ -319,6 +377,23 @@ BOOST_AUTO_TEST_CASE(a_save_that_nothing_orders_behind_the_one_before_is_lost_an
         late_event(elsewhere, control).wait();
         BOOST_TEST(!model.saved_step(ck, 3, training).durable().wait());
         BOOST_TEST(log->steps == (std::vector<int>{1, 3}), boost::test_tools::per_element());
+    }
+}
+
+BOOST_AUTO_TEST_CASE(a_lost_save_in_another_stream_takes_no_wait_from_the_updates) {
+    for (std::size_t snapshots : {0, 1}) {
+        late_model model;
+        late_stream training, saving;
+        auto control = std::make_shared<late_control>();
+        control->delay = 3ms;
+        auto log = std::make_shared<checking_sink::log>();
+        checkpointer<varve::async<2>> ck(model.state(), late_staging(16 * block, block, snapshots, control), {}, checking_sink(model.state(), log));
+        auto const first = model.saved_step(ck, 1, training);
+        auto const second = ck.save(2, {{"k", std::string(100'000, 'x')}}, {&saving});
+        BOOST_TEST((second.durable().wait() == varve::errc::metadata_too_large));
+        model.step(ck, 2, training);
+        BOOST_TEST(!first.durable().wait());
+        BOOST_TEST(log->steps == (std::vector<int>{1}), boost::test_tools::per_element());
     }
 }
 

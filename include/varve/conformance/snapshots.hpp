@@ -58,7 +58,7 @@ std::vector<std::string> check_snapshots(staging_fixture<S> const& f) {
     S s = f.make(2 * block, block);
     auto const room = s.prepare_snapshots(img, st, 2);
     expect(room == 2, "there is room for the two snapshots that the laws are looked at with");
-    if (room == 0) return broken;
+    if (room < 2) return broken;
 
     std::vector<typename S::snapshot_type> held;
     for (std::size_t i = 0; i < room; ++i) held.push_back(s.acquire_snapshot());
@@ -69,6 +69,7 @@ std::vector<std::string> check_snapshots(staging_fixture<S> const& f) {
     std::stop_source never;
     auto buffer = s.acquire(never.get_token());
     std::vector<std::byte> out(block);
+    typename S::snapshot_type kept;  // so that the next is had of memory that holds nothing yet
     for (int round = 0; round < 3; ++round) {
         auto shot = s.acquire_snapshot();
         expect(static_cast<bool>(shot), "a snapshot that was let go can be had again");
@@ -90,12 +91,14 @@ std::vector<std::string> check_snapshots(staging_fixture<S> const& f) {
         f.fetch(buffer, out);
         expect(std::equal(then.begin() + 128, then.begin() + 1128, out.begin()), "a range of a snapshot arrives where it should");
         if constexpr (snapshot_digesting_staging<S>) {
-            if (!s.digests_snapshots()) continue;
-            std::vector<std::uint64_t> digests(varve::detail::chunk_count(then.size())), expected(digests.size());
-            varve::detail::chunk_digests(then, expected);
-            expect(!s.digest(moved, digests), "a snapshot can be hashed where digests_snapshots says so");
-            expect(digests == expected, "the digests of a snapshot are those of the image's chunks, the last of which may be shorter");
+            if (s.digests_snapshots()) {
+                std::vector<std::uint64_t> digests(varve::detail::chunk_count(then.size())), expected(digests.size());
+                varve::detail::chunk_digests(then, expected);
+                expect(!s.digest(moved, digests), "a snapshot can be hashed where digests_snapshots says so");
+                expect(digests == expected, "the digests of a snapshot are those of the image's chunks, the last of which may be shorter");
+            }
         }
+        if (round == 0) kept = std::move(moved);
     }
     return broken;
 }

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
@@ -8,6 +9,7 @@
 #include <optional>
 #include <span>
 #include <system_error>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -58,9 +60,11 @@ public:
     void announce(job_type& job, std::span<std::size_t const> layers, order_type order) {
         if (layers.empty()) return;
         auto point = staging_.record(order);
+        auto const now_ns = line_.options.observers.now_ns();
         for (auto layer : layers) {
             auto const bytes = line_.layers[layer].bytes;
-            line_.options.observers.on({.what = milestone::layer_ready, .step = job.step(), .bytes = bytes, .layer = line_.state.layers[layer].name});
+            line_.options.observers.on(
+                {.what = milestone::layer_ready, .step = job.step(), .time_ns = now_ns, .bytes = bytes, .layer = line_.state.layers[layer].name});
             job.untaken_bytes += bytes;
         }
         bool aside = false;
@@ -79,7 +83,7 @@ public:
             }
             if (line_.copies != copy_moment::at_layer_ready) return;
             if (job.by_snapshot) {
-                if (job.untaken_bytes < line_.layout.data_bytes() / snapshot_shares) return;
+                if (job.passed_on || job.untaken_bytes < line_.layout.data_bytes() / 2) return;
                 aside = pass_to_taker(job);
             }
         }
@@ -110,7 +114,7 @@ public:
     /// Returns when nothing that reads the layers' tensors can be overtaken by work that `order` gets from now on. What is refused
     /// is waited for when it is called again.
     std::optional<refusal> before_update(std::span<std::size_t const> layers, order_type order) {
-        if (!busy()) return {};
+        if (!any_busy(layers)) return {};
         if (auto refused = order_behind(layers, order)) return refused;
         // Nothing came meanwhile: only this thread announces.
         std::lock_guard lock(line_.mutex);
@@ -124,7 +128,7 @@ public:
 
     /// The same for work that is no update: updates wait all the same.
     std::optional<refusal> order_behind(std::span<std::size_t const> layers, order_type order) {
-        if (!busy()) return {};
+        if (!any_busy(layers)) return {};
         copies_.clear();
         {
             std::unique_lock lock(line_.mutex);
@@ -137,6 +141,11 @@ public:
         }
         for (auto const& copy : copies_)
             if (auto const ec = staging_.order_after(copy.token, order)) return refusal{ec, copy.layer};
+        // A host has waited itself; its tokens, which cannot be told apart, are not forgotten one by one.
+        if constexpr (!std::equality_comparable<token_type> && std::is_empty_v<order_type>) {
+            std::lock_guard lock(line_.mutex);
+            for (auto layer : layers) line_.layers[layer].copies.clear();
+        }
         return {};
     }
 
@@ -144,10 +153,6 @@ public:
     bool busy() const noexcept { return busy_layers_ != 0; }
 
 private:
-    /// A layerwise save has layers put aside in about so many shares, the last at seal: each costs the training thread a wake,
-    /// and all of the copies within the GPU take less than the update that they run beside.
-    static constexpr std::uint64_t snapshot_shares = 2;
-
     struct layer_copy {
         std::size_t layer;
         token_type token;
@@ -161,8 +166,13 @@ private:
             return false;
     }
 
-    /// Has the layers put aside that were announced and are not yet in the save's snapshot; false if there are none. With the
-    /// mutex held.
+    bool any_busy(std::span<std::size_t const> layers) const {
+        return busy() && std::any_of(layers.begin(), layers.end(), [&](auto layer) { return line_.layers[layer].busy; });
+    }
+
+    /// Has the layers put aside that were announced and are not yet in the save's snapshot; false if there are none. A layerwise
+    /// save comes here when half of its bytes are announced, while others are still being updated, and at seal: each time costs
+    /// the training thread a wake, and all of the copies within the GPU take less than the update. With the mutex held.
     bool pass_to_taker(job_type& job) {
         job.untaken_bytes = 0;
         if (job.error) job.untaken.clear();
@@ -170,6 +180,7 @@ private:
         for (auto layer : job.untaken) ++line_.layers[layer].uncopied;
         job.to_take.insert(job.to_take.end(), job.untaken.begin(), job.untaken.end());
         job.untaken.clear();
+        job.passed_on = true;
         return true;
     }
 

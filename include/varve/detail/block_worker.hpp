@@ -58,7 +58,7 @@ private:
                 line_.one_waits = false;
                 if (line_.has_staged()) line_.staged_work.notify_one();
             }
-            if (!failed) line_.forget_taken(*job, line_.map.blocks()[index]);
+            if (!failed) line_.forget_taken(*job, block);
             all_staged = ++job->blocks_staged == line_.blocks() && !job->error;
             if (all_staged) free = std::exchange(job->snapshot, {});
             lost = static_cast<bool>(job->error);

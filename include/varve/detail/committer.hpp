@@ -142,9 +142,11 @@ private:
         {
             std::lock_guard lock(line_.mutex);
             std::erase(line_.jobs, job);
-            // No copy is on its way then, not even into the snapshot of a save that was lost before, and no update need wait.
+            // No copy for a checkpoint is on its way then, and no update need wait.
             if (!outcome && job.get() == line_.newest)
                 for (auto& l : line_.layers) l.copies.clear();
+            else if (!job->by_snapshot)
+                line_.forget_copies(*job);
         }
         line_.wake_all();
     }

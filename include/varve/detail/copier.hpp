@@ -10,7 +10,6 @@
 #include <utility>
 #include <vector>
 
-#include "varve/checkpointer_options.hpp"
 #include "varve/concepts/scheduling.hpp"
 #include "varve/concepts/sink.hpp"
 #include "varve/concepts/staging.hpp"

@@ -80,6 +80,7 @@ struct save_job {
     std::vector<std::optional<token_type>> taken;  ///< a layer's, once it is in the snapshot
     std::vector<std::size_t> untaken;              ///< announced, to be taken with those to come; the training thread's
     std::uint64_t untaken_bytes = 0;
+    bool passed_on = false;            ///< some of the layers
     std::vector<std::size_t> to_take;  ///< passed on to the taker, which has not begun with them
     bool taking = false;               ///< the taker is at it, without the mutex
 

@@ -53,6 +53,7 @@ struct save_line {
           blocks_at_once(std::max<std::uint64_t>(1, o.batch_bytes / block_bytes)), layers(s.layers.size()) {
         for (std::size_t l = 0; l < layers.size(); ++l) {
             for (auto const& t : s.layers[l].tensors) layers[l].bytes += t.size_bytes();
+            // Of a snapshot, and of the save before it: without memory for more the thread that puts layers aside could not say so.
             layers[l].copies.reserve(2);
         }
     }
@@ -137,17 +138,34 @@ struct save_line {
 
     /// A block's copies from a snapshot are over, so that what they follow is: its layers were put aside, and no update need wait
     /// for that any longer. With the mutex held.
-    void forget_taken([[maybe_unused]] job_type const& job, [[maybe_unused]] block_plan const& block) {
+    void forget_taken([[maybe_unused]] job_type const& job, [[maybe_unused]] block_type const& block) {
         if constexpr (std::equality_comparable<token_type>) {
             if (!job.by_snapshot) return;
             token_type const* last = nullptr;
-            for (auto const& part : map.parts(block)) {
+            for (auto const& part : map.parts(map.blocks()[block.index])) {
                 auto const& token = *job.taken[part.layer];
                 if (last && *last == token) continue;
                 for (auto& l : layers) std::erase(l.copies, token);
                 last = &token;
             }
         }
+    }
+
+    /// A save's copies from the tensors are over. Whoever saves without an update between waits for none of them, and they would
+    /// become more with each save. With the mutex held.
+    void forget_copies([[maybe_unused]] job_type const& job) {
+        if constexpr (std::equality_comparable<token_type>)
+            for (auto const& block : job.blocks) {
+                // A token for each layer in the block, in their order.
+                auto token = block.copies.begin();
+                auto last = layers.size();
+                for (auto const& part : map.parts(map.blocks()[block.index])) {
+                    if (part.layer == last) continue;
+                    if (token == block.copies.end()) break;
+                    last = part.layer;
+                    std::erase(layers[last].copies, *token++);
+                }
+            }
     }
 
     // ---- how a block ends ----

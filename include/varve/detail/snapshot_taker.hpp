@@ -43,7 +43,7 @@ public:
             line_.layer_copied.notify_all();
             // Nobody for nothing, see save_line::end_of.
             if (job->over()) line_.commit_work.notify_one();
-            if (!line_.stays_aside(*job)) line_.copy_work.notify_one();
+            if (job->next_part > 0 || !line_.stays_aside(*job)) line_.copy_work.notify_one();
         }
     }
 
@@ -63,8 +63,10 @@ private:
         auto token = staging_.take(job.snapshot, layers_, points_);
         points_.clear();
         // Before the copies may come: they are told in this order.
+        auto const now_ns = line_.options.observers.now_ns();
         for (auto layer : layers_)
-            line_.options.observers.on({.what = milestone::layer_copied, .step = job.step(), .layer = line_.state.layers[layer].name});
+            line_.options.observers.on(
+                {.what = milestone::layer_copied, .step = job.step(), .time_ns = now_ns, .layer = line_.state.layers[layer].name});
         lock.lock();
         for (auto layer : layers_) {
             job.taken[layer] = token;
