@@ -6,8 +6,10 @@
 
 #include <boost/test/unit_test.hpp>
 
+#include <atomic>
 #include <chrono>
 #include <cstdlib>
+#include <functional>
 #include <future>
 #include <map>
 #include <optional>
@@ -73,11 +75,15 @@ public:
     late_stream& operator=(late_stream const&) = delete;
 
     /// The GPU does not get to what is enqueued from now on within the next milliseconds. The future's end waits for them.
-    std::future<void> hold(std::chrono::milliseconds at_least = 10ms) {
+    std::future<void> hold() {
+        return hold_until([until = std::chrono::steady_clock::now() + 10ms] { return std::chrono::steady_clock::now() >= until; });
+    }
+    /// The same until that is so, or for some seconds: a call that waits for the device is to end all the same.
+    std::future<void> hold_until(std::function<bool()> over) {
         door_.close();
         varve_test::hold(stream_, door_);
-        return std::async(std::launch::async, [this, at_least] {
-            std::this_thread::sleep_for(at_least);
+        return std::async(std::launch::async, [this, over = std::move(over)] {
+            for (int i = 0; i < 5000 && !over(); ++i) std::this_thread::sleep_for(1ms);
             door_.open();
         });
     }
@@ -294,6 +300,7 @@ BOOST_AUTO_TEST_CASE(a_step_in_a_captured_graph_is_saved_with_before_update_ahea
                                              pinned_file_sink(control), folder.path(), {.keep = kept});
             at::cuda::CUDAGraph graph;
             std::vector<varve::ticket> saves;
+            std::atomic<bool> captured = false;
             std::future<void> opener;
             auto const whole_step = [&] {
                 run.model->loss(input).backward();
@@ -309,10 +316,11 @@ BOOST_AUTO_TEST_CASE(a_step_in_a_captured_graph_is_saved_with_before_update_ahea
                     whole_step();
                     std::this_thread::sleep_for(20ms);
                     graph.capture_end();
+                    captured = true;
                 }
                 opener = {};
                 fill(input, step);
-                opener = late.hold(step == 2 ? 300ms : 10ms);
+                opener = step == 2 ? late.hold_until([&] { return captured.load(); }) : late.hold();
                 ck.before_update_all(here());
                 if (step < 3) {
                     run.optimizer->zero_grad();
@@ -353,7 +361,8 @@ BOOST_AUTO_TEST_CASE(layerwise_calls_in_a_capture_are_unsupported_and_its_graph_
             control->door.close();
             run.model->loss(input).backward();
             // The save waits for its step until the first capture is over.
-            auto const opener = late.hold(300ms);
+            std::atomic<bool> captured = false;
+            auto const opener = late.hold_until([&] { return captured.load(); });
             ck.begin(1);
             run.update_by_layer(listener);
             auto const first = ck.seal({}, here());
@@ -366,6 +375,7 @@ BOOST_AUTO_TEST_CASE(layerwise_calls_in_a_capture_are_unsupported_and_its_graph_
             BOOST_CHECK_EXCEPTION(run.update_by_layer(listener), varve::error, is_unsupported);
             run.update();
             waiting.capture_end();
+            captured = true;
 
             // Nor can one be copied from, where nothing had to be waited for.
             ck.before_update_all(here());
