@@ -2,6 +2,7 @@
 
 #include <chrono>
 
+#include "support.hpp"
 #include "transport/silence.hpp"
 
 namespace {

@@ -43,9 +43,15 @@ dialogue::dialogue(address const& to, std::shared_ptr<tls_context const> tls, st
     : stop_(stop), context_(std::make_unique<boost::asio::io_context>(1)), stream_(connect(context_->get_executor(), to, std::move(tls), limit)) {}
 
 void dialogue::wait(bool const& done, deadline until) {
+    bool const in_time = std::chrono::steady_clock::now() < until;
     context_->restart();
     for (auto now = std::chrono::steady_clock::now(); !done && now < until && !stop_; now = std::chrono::steady_clock::now())
         if (context_->run_one_until(std::min(until, now + looks_up_every)) == 0) context_->restart();
+    if (!done && !stop_ && in_time) {
+        // After a stop of this process the clock is ahead of what came meanwhile.
+        context_->restart();
+        context_->poll();
+    }
     if (done) return;
     // The handler has not run and refers to the caller's frame.
     stream_->close();

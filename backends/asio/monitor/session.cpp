@@ -28,7 +28,7 @@ constexpr std::chrono::milliseconds farewell_limit{2'000};
 
 session::session(std::shared_ptr<core> in, std::unique_ptr<stream> connection)
     : core_(std::move(in)), stream_(std::move(connection)), peer_(stream_->peer()), over_network_(!stream_->passes_descriptors()),
-      timer_(stream_->executor()), age_(clock::now()), silence_(clock::now()), buffer_(buffer_bytes) {}
+      timer_(stream_->executor()), age_(clock::now()), silence_(clock::now()), pinged_(clock::now()), buffer_(buffer_bytes) {}
 
 void session::start() {
     boost::asio::dispatch(stream_->executor(), [self = shared_from_this()] {
@@ -372,11 +372,16 @@ void session::tick() {
         if (over_network_ && silent >= o.silence_limit)
             return fail(
                 error(std::make_error_code(std::errc::timed_out), "nothing was heard for " + std::to_string(o.silence_limit.count()) + " ms"));
-        guarded([&] { send(wire::ping{}); });
+        if (auto const now = clock::now(); now - pinged_ >= o.ping_every) {
+            pinged_ = now;
+            guarded([&] { send(wire::ping{}); });
+        }
     }
     if (state_ >= state::ending) return;
-    period_ = o.ping_every;
-    if (state_ == state::greeting) period_ = std::min<clock::duration>(period_, o.hello_limit - age);
+    // Of what is waited for, so that a stop of this process is a part of it and not the whole (see silence).
+    auto const quarter = [](std::chrono::milliseconds of) { return std::max<clock::duration>(of / 4, std::chrono::milliseconds(1)); };
+    period_ = std::min<clock::duration>(o.ping_every, quarter(o.silence_limit));
+    if (state_ == state::greeting) period_ = std::min({period_, quarter(o.hello_limit), o.hello_limit - age});
     timer_.expires_after(period_);
     timer_.async_wait([self = shared_from_this()](boost::system::error_code ec) {
         if (!ec) self->tick();

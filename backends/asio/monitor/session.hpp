@@ -87,6 +87,7 @@ private:
     bool const over_network_;
     boost::asio::steady_timer timer_;
     silence age_, silence_;      ///< since it was accepted, and since something came
+    clock::time_point pinged_;   ///< or accepted
     clock::duration period_{0};  ///< of tick
 
     wire::frame_reader frames_in_{wire::peer::trainer};

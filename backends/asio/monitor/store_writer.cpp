@@ -2,8 +2,9 @@
 
 #include <sys/mman.h>
 #include <unistd.h>
+#include <array>
+#include <cerrno>
 #include <semaphore>
-#include <vector>
 
 #include "varve/detail/digest.hpp"
 #include "varve/error.hpp"
@@ -36,10 +37,11 @@ std::error_code write_now(file_writer::target& to, std::uint64_t offset, std::sp
 
 /// The kernel moves a page that is read for the first time after it was written to those in use, which takes about as long as the
 /// copy: here, and not in the restore of a trainer that waits for it.
-void read_once(int fd, std::uint64_t size_bytes) {
-    std::vector<std::byte> piece(256u << 10);
+void read_once(int fd, std::uint64_t size_bytes) noexcept {
+    std::array<std::byte, 64u << 10> piece;
     for (std::uint64_t at = 0; at < size_bytes; at += piece.size())
-        if (::pread(fd, piece.data(), piece.size(), static_cast<off_t>(at)) <= 0) return;
+        while (::pread(fd, piece.data(), piece.size(), static_cast<off_t>(at)) < 0 && errno == EINTR) {
+        }
 }
 
 }  // namespace
@@ -332,10 +334,10 @@ std::unique_ptr<kept_image> held_store::keep_in_memory(held_save& s) {
             if (!put({b.data, b.size_bytes}, b.offset_bytes)) return nullptr;
             b.own.reset();
         }
-        read_once(out->memory.get(), image_.size_bytes);
     } catch (std::exception const&) {
         return nullptr;
     }
+    read_once(out->memory.get(), image_.size_bytes);
     ::fcntl(out->memory.get(), F_ADD_SEALS, F_SEAL_WRITE | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL);
     if (by_reference_) return out;
     std::lock_guard lock(mutex_);

@@ -19,7 +19,7 @@ public:
         looked_ = now;
     }
 
-    /// Asked about every `period`: of a longer time since it was asked last, twice that counts.
+    /// To be asked about every `period`: of more than two of them since the last time, two count.
     clock::duration lasted(clock::time_point now, clock::duration period) noexcept {
         lasted_ += std::min(now - looked_, 2 * period);
         looked_ = now;
