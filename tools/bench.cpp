@@ -58,12 +58,13 @@ public:
 
         // What was measured is not lost to the method that fails behind it, nor whole rounds to a stop.
         std::exception_ptr failure;
+        bool stopped = false;
         auto rounds = settings_.run.repeat;
         for (std::uint64_t repeat = 0; repeat < settings_.run.repeat && !failure; ++repeat) {
             for (auto& m : methods_) {
-                settle_disk(checkpoints);
                 try {
                     if (stop_signals::requested()) throw interrupted("stopped before " + m.name);
+                    settle_disk(checkpoints);
                     run_method(m, repeat);
                 } catch (method_failed const&) {
                     failure = std::current_exception();
@@ -72,6 +73,7 @@ public:
                     if (repeat == 0) throw interrupted(e.what() + std::string("; no result was written"));
                     failure = std::make_exception_ptr(interrupted(
                         e.what() + ("; the result is of the " + std::to_string(repeat) + (repeat == 1 ? " round" : " rounds") + " before")));
+                    stopped = true;
                     rounds = repeat;
                     break;
                 }
@@ -81,8 +83,9 @@ public:
         }
         for (auto& m : methods_) m.runs.resize(std::min<std::size_t>(m.runs.size(), rounds));
         best_write_.resize(std::min<std::size_t>(best_write_.size(), rounds));
+        limits_.resize(best_write_.size());
         std::erase_if(methods_, [](auto const& m) { return m.runs.empty(); });
-        if (failure && methods_.size() < 2) std::rethrow_exception(failure);
+        if (failure && !stopped && methods_.size() < 2) std::rethrow_exception(failure);
         auto const compared = compare_runs(methods_, best_write_);
         json document;
         document["results"] = compared.results;
@@ -95,7 +98,8 @@ public:
         document["config"]["run"]["update"] = chosen_update(settings_);
         document["config"]["effective"] = compared.effective;
         document["config"]["command"] = command_;
-        if (!limits_.is_null()) document["limits"] = limits_;
+        auto const fastest = std::max_element(best_write_.begin(), best_write_.end());
+        if (fastest != best_write_.end() && *fastest > 0) document["limits"] = limits_[static_cast<std::size_t>(fastest - best_write_.begin())];
         document["started"] = started;
         document["version"] = VARVE_VERSION;
         if (made && !settings_.run.keep_checkpoints) {
@@ -162,6 +166,7 @@ private:
 
     void measure_disk(std::filesystem::path const& dir) {
         best_write_.push_back(0);
+        limits_.emplace_back();
         if (methods_.size() == 1) return;
         // As large as a checkpoint where that is affordable: small files see the drive's cache, large ones cost time.
         constexpr std::uint64_t unit = 4u << 20;
@@ -172,7 +177,7 @@ private:
             if (limits.contains("sinks"))
                 for (auto const& [name, sink] : limits["sinks"].items()) best = std::max(best, sink.value("write_gb_per_s", 0.0));
             best_write_.back() = best;
-            if (limits_.is_null() || best >= *std::max_element(best_write_.begin(), best_write_.end())) limits_ = limits;
+            limits_.back() = limits;
         } catch (std::exception const& e) {
             err_ << "the disk was not measured: " << e.what() << '\n';
         }
@@ -184,8 +189,8 @@ private:
     std::ostream& out_;
     std::ostream& err_;
     std::vector<method_runs> methods_;
-    std::vector<double> best_write_;
-    json limits_;
+    std::vector<double> best_write_;  ///< by any sink, a round each; 0 where it was not measured
+    std::vector<json> limits_;
 };
 
 std::string command_line(std::vector<std::string> const& args) {
