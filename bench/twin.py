@@ -270,7 +270,7 @@ def main():
     if a.deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
         torch.use_deterministic_algorithms(True)
-        # Nothing here reads memory that was not written, nor in the trainer, which leaves it alone as well.
+        # Nothing here reads memory that was not written, and the trainer does not have it filled either.
         torch.utils.deterministic.fill_uninitialized_memory = False
     facts = {'label': a.label, 'torch': torch.__version__, 'device': torch.cuda.get_device_name() if a.device == 'cuda' else 'cpu',
              'config': {k: v for k, v in vars(a).items() if k not in ('output', 'folder', 'label', 'methods')}}
