@@ -77,6 +77,11 @@ __global__ void __launch_bounds__(threads) digest_kernel(unsigned char const* da
 
 }  // namespace
 
+cudaError_t load_chunk_digests() noexcept {
+    cudaFuncAttributes loaded;
+    return cudaFuncGetAttributes(&loaded, digest_kernel);
+}
+
 cudaError_t chunk_digests(std::byte const* data, std::size_t size_bytes, std::uint64_t* out, cudaStream_t stream) noexcept {
     if (size_bytes == 0) return cudaSuccess;
     if (reinterpret_cast<std::uintptr_t>(data) % sizeof(ulonglong2) != 0) return cudaErrorMisalignedAddress;

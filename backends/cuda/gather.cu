@@ -64,6 +64,12 @@ __global__ void __launch_bounds__(threads) strided_kernel(strided_source from, s
 
 bool has_kernels() noexcept { return true; }
 
+cudaError_t load_gather() noexcept {
+    cudaFuncAttributes loaded;
+    auto const failed = cudaFuncGetAttributes(&loaded, gather_kernel);
+    return failed != cudaSuccess ? failed : cudaFuncGetAttributes(&loaded, strided_kernel);
+}
+
 cudaError_t gather(piece const* table, std::size_t count, std::byte* target, std::byte const* mirror, cudaStream_t stream) noexcept {
     if (count == 0) return cudaSuccess;
     gather_kernel<<<static_cast<unsigned>(count), threads, 0, stream>>>(table, target, mirror);

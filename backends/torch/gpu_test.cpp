@@ -18,6 +18,7 @@
 
 #include "device_model.hpp"
 #include "files.hpp"
+#include "late_stream.hpp"
 #include "models.hpp"
 #include "optimizer_state.hpp"
 #include "plain_sinks.hpp"
@@ -61,36 +62,6 @@ public:
 
 private:
     Checkpointer& ck_;
-};
-
-/// A stream whose work comes late where a test says so: whoever is not ordered by it sees the state before.
-class late_stream {
-public:
-    explicit late_stream(cudaStream_t stream) : stream_(stream) {}
-    ~late_stream() {
-        door_.open();
-        ::cudaStreamSynchronize(stream_);
-    }
-    late_stream(late_stream const&) = delete;
-    late_stream& operator=(late_stream const&) = delete;
-
-    /// The GPU does not get to what is enqueued from now on within the next milliseconds. The future's end waits for them.
-    std::future<void> hold() {
-        return hold_until([until = std::chrono::steady_clock::now() + 10ms] { return std::chrono::steady_clock::now() >= until; });
-    }
-    /// The same until that is so, or for some seconds: a call that waits for the device is to end all the same.
-    std::future<void> hold_until(std::function<bool()> over) {
-        door_.close();
-        varve_test::hold(stream_, door_);
-        return std::async(std::launch::async, [this, over = std::move(over)] {
-            for (int i = 0; i < 5000 && !over(); ++i) std::this_thread::sleep_for(1ms);
-            door_.open();
-        });
-    }
-
-private:
-    cudaStream_t stream_;
-    gate door_;
 };
 
 struct perceptron : torch::nn::Module {

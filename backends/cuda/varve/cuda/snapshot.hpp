@@ -79,6 +79,8 @@ public:
         taken_ = std::make_shared<event_pool>(64, awaited_by::streams);
         hashed_ = std::make_shared<event_pool>(1);
         if (detail::has_kernels()) {
+            throw_if(detail::load_gather(), "the snapshot's kernels");
+            throw_if(detail::load_chunk_digests(), "the snapshot's kernels");
             upload_table();
             digests_ = page_locked(varve::detail::chunk_count(bytes_) * sizeof(std::uint64_t));
         }

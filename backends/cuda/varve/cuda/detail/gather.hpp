@@ -32,6 +32,9 @@ struct strided_source {
 /// Whether the kernels were compiled in; where not, each of these answers with cudaErrorNotSupported.
 bool has_kernels() noexcept;
 
+/// Loads these kernels on the current device. A first launch would do it too, and may wait for all that the device has to do.
+cudaError_t load_gather() noexcept;
+
 /// Copies `count` pieces, whose table lies in GPU memory, to `target` plus their offsets; `mirror` is page-locked host memory.
 cudaError_t gather(piece const* table, std::size_t count, std::byte* target, std::byte const* mirror, cudaStream_t stream) noexcept;
 

@@ -17,7 +17,9 @@
 #include <utility>
 
 #include "varve/concepts/staging.hpp"
+#include "varve/cuda/detail/digest.hpp"
 #include "varve/cuda/detail/enqueue.hpp"
+#include "varve/cuda/detail/gather.hpp"
 #include "varve/cuda/detail/yielding_copies.hpp"
 #include "varve/cuda/device.hpp"
 #include "varve/cuda/error.hpp"
@@ -178,6 +180,11 @@ protected:
 
 private:
     struct on_device {
+        on_device() {
+            if (!has_kernels()) return;
+            throw_if(load_gather(), "the kernels for copies");
+            throw_if(load_chunk_digests(), "the kernel for digests");
+        }
         side_stream copies{true};
         std::shared_ptr<event_pool> events = std::make_shared<event_pool>();
         wait_meter waits;
