@@ -291,7 +291,7 @@ private:
 
     void wait_for_copies(std::span<std::size_t const> layers, order_type order) {
         if constexpr (!streams) {
-            if (!pipeline_->busy()) return;
+            if (!pipeline_->busy(layers)) return;
             timed waiting(stalls_.wait_ns);
             if (auto const refused = pipeline_->before_update(layers, order))
                 throw error(refused->error, "before_update of layer " + state_.layers[refused->layer].name + ": " + refused->error.message());
@@ -338,11 +338,10 @@ private:
     template <class Job>
     void announce_to(Job const& job, std::span<std::size_t const> layers, order_type order) {
         // Who announces a layer without before_update has not updated it, but the hook may: an earlier save comes first.
-        auto const refused = [&] {
+        if (pipeline_->busy(layers)) {
             timed waiting(stalls_.wait_ns);
-            return pipeline_->order_behind(layers, order);
-        }();
-        if (refused) return void(pipeline_->abandon(job, refused->error));
+            if (auto const refused = pipeline_->order_behind(layers, order)) return void(pipeline_->abandon(job, refused->error));
+        }
         for (auto layer : layers) bring_up_to_date(layer);
         pipeline_->announce(*job, layers, order);
     }

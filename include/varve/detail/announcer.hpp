@@ -114,7 +114,6 @@ public:
     /// Returns when nothing that reads the layers' tensors can be overtaken by work that `order` gets from now on. What is refused
     /// is waited for when it is called again.
     std::optional<refusal> before_update(std::span<std::size_t const> layers, order_type order) {
-        if (!any_busy(layers)) return {};
         if (auto refused = order_behind(layers, order)) return refused;
         // Nothing came meanwhile: only this thread announces.
         std::lock_guard lock(line_.mutex);
@@ -128,7 +127,6 @@ public:
 
     /// The same for work that is no update: updates wait all the same.
     std::optional<refusal> order_behind(std::span<std::size_t const> layers, order_type order) {
-        if (!any_busy(layers)) return {};
         copies_.clear();
         {
             std::unique_lock lock(line_.mutex);
@@ -149,8 +147,10 @@ public:
         return {};
     }
 
-    /// Whether before_update has anything to wait for, for any layer.
-    bool busy() const noexcept { return busy_layers_ != 0; }
+    /// Whether the two above have anything to wait for: a layer was announced since its last update.
+    bool busy(std::span<std::size_t const> layers) const noexcept {
+        return busy_layers_ != 0 && std::any_of(layers.begin(), layers.end(), [&](auto layer) { return line_.layers[layer].busy; });
+    }
 
 private:
     struct layer_copy {
@@ -164,10 +164,6 @@ private:
             return !copies_.empty() && copies_.back().token == token;
         else
             return false;
-    }
-
-    bool any_busy(std::span<std::size_t const> layers) const {
-        return busy() && std::any_of(layers.begin(), layers.end(), [&](auto layer) { return line_.layers[layer].busy; });
     }
 
     /// Has the layers put aside that were announced and are not yet in the save's snapshot; false if there are none. A layerwise

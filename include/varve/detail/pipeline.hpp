@@ -112,7 +112,7 @@ public:
     using refusal = typename announcer<Staging, Sink>::refusal;
     std::optional<refusal> before_update(std::span<std::size_t const> layers, order_type order) { return announcer_.before_update(layers, order); }
     std::optional<refusal> order_behind(std::span<std::size_t const> layers, order_type order) { return announcer_.order_behind(layers, order); }
-    bool busy() const noexcept { return announcer_.busy(); }
+    bool busy(std::span<std::size_t const> layers) const noexcept { return announcer_.busy(layers); }
     /// Ends a save early with that outcome; false if it was over already.
     bool abandon(job_ptr const& job, std::error_code why) { return line_.abandon(job, why); }
 
