@@ -4,10 +4,10 @@
 //   bench_loop_pairs --repeat 40 --num-steps 20 --methods layerwise --checkpoint-freq 1 --when-busy replace [options of varve bench]
 //
 // --repeat is the number of pairs, --num-steps the steps of each half, --warmup the steps before them. A pair begins with nothing in
-// flight; what is in flight when a half ends is waited for outside of the clock. One line of JSON for each method: the loop's ratio
-// (median, and the interval that holds the true one with a probability of 95%), and what the processor did meanwhile, in
-// milliseconds a step, with and without saves: how long the training's threads ran, and how long they stood ready while others ran;
-// and with saves each thread by its name, as the kernel has it.
+// flight but, with a save in every step, one; what is in flight when a half ends, copies in the GPU's queues too, is waited for outside of the clock.
+// One line of JSON for each method: the loop's ratio (median, and the interval that holds the true one with a probability of 95%), and what the
+// processor did meanwhile, in milliseconds a step, with and without saves: how long the training's threads ran, and how long they
+// stood ready while others ran; and with saves each thread by its name, as the kernel has it.
 
 #include <algorithm>
 #include <chrono>
@@ -141,16 +141,21 @@ public:
 private:
     half stretch(running_method& method, bool saves) {
         auto const steps = settings_.training.num_steps, freq = settings_.training.checkpoint_freq;
+        auto step = [&](std::uint64_t i) {
+            auto const loss = trainer_->forward_backward(++step_);
+            // In the middle of what would be between two of them, so that a half has all of a save's work.
+            if (auto t = update_and_save(*trainer_, &method, step_, saves && i % freq == freq / 2, loss)) tickets_.push_back(*t);
+        };
+        // With a save in every step the last one's work comes behind the half, and that of the save before it stands for it.
+        if (freq == 1) step(0);
+        trainer_->wait_for_steps();
         auto const names_before = ran_by_name();
         processor_time const training_before(training_), others_before(others_);
         auto const calls_before_ns = method.stalls().total_ns;
         auto const start = clock::now();
-        for (std::uint64_t i = 1; i <= steps; ++i) {
-            auto const loss = trainer_->forward_backward(++step_);
-            // In the middle of what would be between two of them, so that a half has all of a save's work.
-            if (auto t = update_and_save(*trainer_, &method, step_, saves && i % freq == freq / 2, loss)) tickets_.push_back(*t);
-        }
-        trainer_->synchronize();
+        for (std::uint64_t i = 1; i <= steps; ++i) step(i);
+        // Not for the device: the copies of a save that is on its way are no part of the loop.
+        trainer_->wait_for_steps();
         auto const per_step = [&](double ms) { return ms / static_cast<double>(steps); };
         half h{.loop_ms = per_step(seconds(clock::now() - start) * 1e3),
                .in_calls_ms = per_step(static_cast<double>(method.stalls().total_ns - calls_before_ns) / 1e6)};

@@ -3,6 +3,7 @@
 #include <torch/torch.h>
 
 #include <ATen/CPUGeneratorImpl.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <array>
 #include <cstdlib>
@@ -157,6 +158,9 @@ public:
     std::string update_kernels() const override { return chosen_update(settings_); }
     void synchronize() override {
         if (device_.is_cuda()) ::torch::cuda::synchronize();
+    }
+    void wait_for_steps() override {
+        if (device_.is_cuda()) c10::impl::VirtualGuardImpl(device_.type()).getStream(device_).synchronize();
     }
     std::uint64_t peak_device_bytes() const override {
 #if VARVE_TOOL_WITH_CUDA

@@ -28,8 +28,10 @@ public:
     virtual void update_by_layer(running_method& method) = 0;
     /// "plain", "foreach" or "fused": with another one the same run has other bits.
     virtual std::string update_kernels() const = 0;
-    /// Waits until the device has done everything.
+    /// Waits until the device has done everything, a method's copies too.
     virtual void synchronize() = 0;
+    /// Waits for the steps alone.
+    virtual void wait_for_steps() = 0;
     /// The most that tensors have taken of the GPU's memory so far; 0 on a CPU.
     virtual std::uint64_t peak_device_bytes() const = 0;
 
