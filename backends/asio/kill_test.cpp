@@ -27,6 +27,7 @@
 #include <varve/staging/host.hpp>
 #include <varve/store.hpp>
 
+#include "comes_to.hpp"
 #include "files.hpp"
 #include "free_port.hpp"
 #include "listens.hpp"
@@ -97,9 +98,7 @@ public:
     bool alive() { return !collect(WNOHANG); }
     /// Whether it ended by itself, and well.
     bool ends_well_within(std::chrono::milliseconds limit) {
-        for (auto const until = std::chrono::steady_clock::now() + limit; !collect(WNOHANG); std::this_thread::sleep_for(1ms))
-            if (std::chrono::steady_clock::now() >= until) return false;
-        return WIFEXITED(status_) && WEXITSTATUS(status_) == 0;
+        return comes_to([&] { return collect(WNOHANG); }, limit, 1ms) && WIFEXITED(status_) && WEXITSTATUS(status_) == 0;
     }
 
 private:
@@ -111,13 +110,6 @@ private:
     int status_ = 0;
     bool ended_ = false;
 };
-
-template <class Says>
-bool becomes(Says says, std::chrono::milliseconds limit = 30s) {
-    for (auto const until = std::chrono::steady_clock::now() + limit; std::chrono::steady_clock::now() < until; std::this_thread::sleep_for(500us))
-        if (says()) return true;
-    return false;
-}
 
 /// A host's processes: a monitor, a trainer, and the folder that they write.
 struct host {
@@ -247,7 +239,7 @@ void kill_and_go_on(bool unix_socket, victim who) {
     std::uint64_t promised = 0;
     h.start_monitor();
     auto const went_on = [&] {
-        if (!becomes([&] { return h.words->restored >= 0 || !h.trainer->alive(); })) return false;
+        if (!comes_to([&] { return h.words->restored >= 0 || !h.trainer->alive(); })) return false;
         BOOST_TEST(h.words->restored.load() >= static_cast<std::int64_t>(promised),
                    "promised step " << promised << " and went on from " << h.words->restored.load());
         return h.words->restored >= 0;
@@ -259,7 +251,7 @@ void kill_and_go_on(bool unix_socket, victim who) {
             if (!moments.at_once() || who == victim::monitor) {
                 if (anew) BOOST_TEST_REQUIRE(went_on());
                 auto const before = h.words->durable.load();
-                BOOST_TEST_REQUIRE(becomes([&] { return h.words->durable > before; }));
+                BOOST_TEST_REQUIRE(comes_to([&] { return h.words->durable > before; }));
             }
             moments.wait(20);
             if (who == victim::monitor) {
@@ -269,7 +261,7 @@ void kill_and_go_on(bool unix_socket, victim who) {
                 // The trainer goes on, with another one.
                 auto const step = h.words->step.load();
                 h.start_monitor();
-                BOOST_TEST_REQUIRE(becomes([&] { return h.words->durable > step; }));
+                BOOST_TEST_REQUIRE(comes_to([&] { return h.words->durable > step; }));
                 BOOST_TEST(h.trainer->alive());
                 // And now and then a new trainer finds what was promised.
                 if (round % 10 != 9) continue;
@@ -294,7 +286,7 @@ void kill_and_go_on(bool unix_socket, victim who) {
     h.start_trainer(varve::when_busy::block);
     BOOST_TEST_REQUIRE(went_on());
     auto const before = h.words->durable.load();
-    BOOST_TEST(becomes([&] { return h.words->durable > before; }));
+    BOOST_TEST(comes_to([&] { return h.words->durable > before; }));
     h.trainer->kill();
     h.trainer.reset();
     h.end_monitor();
@@ -320,7 +312,7 @@ BOOST_AUTO_TEST_CASE(a_lost_host_loses_nothing_that_its_peer_had_durable) {
     // A trainer that asks for a checkpoint while its peer is away is refused.
     auto const start_there = [&] {
         there.start_monitor();
-        BOOST_TEST_REQUIRE(becomes([&] { return listens(there.where); }));
+        BOOST_TEST_REQUIRE(comes_to([&] { return listens(there.where); }));
     };
     start_there();
     std::uint64_t promised = 0;
@@ -330,16 +322,16 @@ BOOST_AUTO_TEST_CASE(a_lost_host_loses_nothing_that_its_peer_had_durable) {
             here.start_trainer(round % 2 ? varve::when_busy::replace : varve::when_busy::block);
             bool const trains = !moments.at_once();
             if (trains) {
-                BOOST_TEST_REQUIRE(becomes([&] { return here.words->restored >= 0; }));
+                BOOST_TEST_REQUIRE(comes_to([&] { return here.words->restored >= 0; }));
                 BOOST_TEST(here.words->restored.load() >= static_cast<std::int64_t>(promised));
-                BOOST_TEST_REQUIRE(becomes([&] { return here.words->at_peer > promised; }));
+                BOOST_TEST_REQUIRE(comes_to([&] { return here.words->at_peer > promised; }));
             }
             // Now and then the peer dies too, and nothing that trains here is disturbed.
             if (trains && round % 5 == 4) {
                 there.monitor->kill();
                 BOOST_TEST(there.newest_whole() >= here.words->at_peer);
                 auto const durable = here.words->durable.load();
-                BOOST_TEST_REQUIRE(becomes([&] { return here.words->durable > durable; }));
+                BOOST_TEST_REQUIRE(comes_to([&] { return here.words->durable > durable; }));
                 start_there();
             }
             moments.wait(20);

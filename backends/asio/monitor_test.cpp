@@ -2,6 +2,7 @@
 
 #include <fstream>
 
+#include "comes_to.hpp"
 #include "monitor_workplace.hpp"
 #include "support.hpp"
 #include "test_certificates.hpp"
@@ -332,8 +333,7 @@ BOOST_AUTO_TEST_CASE(a_monitor_for_once_ends_with_its_trainer) {
         t.save(1, 1);
         t.peer.expect<wire::durable>();
     }
-    for (int i = 0; i < 1500 && !w.monitor->over(); ++i) std::this_thread::sleep_for(20ms);
-    BOOST_TEST(w.monitor->over());
+    BOOST_TEST(comes_to([&] { return w.monitor->over(); }));
 }
 
 BOOST_FIXTURE_TEST_CASE(an_abandoned_save_is_answered_once_its_blocks_are_free, welcomed_trainer<2>) {

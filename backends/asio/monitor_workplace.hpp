@@ -4,8 +4,8 @@
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
-#include <thread>
 
+#include "comes_to.hpp"
 #include "raw_peer.hpp"
 #include "scratch_folder.hpp"
 #include "varve/detail/store_folder.hpp"
@@ -37,9 +37,7 @@ struct workplace {
     /// Waits until the status says so.
     template <class Says>
     bool becomes(Says says, std::chrono::milliseconds limit = 60s) {
-        for (auto const until = std::chrono::steady_clock::now() + limit; std::chrono::steady_clock::now() < until; std::this_thread::sleep_for(5ms))
-            if (says(status())) return true;
-        return false;
+        return comes_to([&] { return says(status()); }, limit);
     }
     /// The store is nobody's, and has no files but whole checkpoints and free slots.
     bool store_is_free(std::string const& store = "run") {

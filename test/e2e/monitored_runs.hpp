@@ -11,9 +11,9 @@
 #include <fstream>
 #include <iterator>
 #include <string>
-#include <thread>
 #include <vector>
 
+#include "comes_to.hpp"
 #include "support.hpp"
 #include "tool.hpp"
 
@@ -59,9 +59,7 @@ struct workplace {
         return out;
     }
     bool no_monitor_within(std::chrono::milliseconds limit) const {
-        for (auto const until = std::chrono::steady_clock::now() + limit; std::chrono::steady_clock::now() < until; std::this_thread::sleep_for(10ms))
-            if (monitors().empty()) return true;
-        return false;
+        return comes_to([&] { return monitors().empty(); }, limit);
     }
     /// What the events file says since it was `from` bytes long.
     std::vector<std::uint64_t> steps(std::string const& store, std::string const& event, std::uintmax_t from = 0) const {
@@ -74,9 +72,7 @@ struct workplace {
     }
     bool comes(std::string const& store, std::string const& event, std::uintmax_t from, std::size_t count,
                std::chrono::milliseconds limit = 120s) const {
-        for (auto const until = std::chrono::steady_clock::now() + limit; std::chrono::steady_clock::now() < until; std::this_thread::sleep_for(2ms))
-            if (steps(store, event, from).size() >= count) return true;
-        return false;
+        return comes_to([&] { return steps(store, event, from).size() >= count; }, limit, 2ms);
     }
 
     temporary_folder folder;
@@ -89,9 +85,7 @@ inline void trains(std::vector<std::string> const& args) {
 
 /// Whether a monitor comes to answer there.
 inline bool answers(std::vector<std::string> const& at) {
-    for (int i = 0; i < 500; ++i, std::this_thread::sleep_for(10ms))
-        if (run_tool(joined({"monitor", "--status"}, at)).code == 0) return true;
-    return false;
+    return comes_to([&] { return run_tool(joined({"monitor", "--status"}, at)).code == 0; });
 }
 
 /// What the two runs' newest checkpoints hold is the same, bit for bit, and each store is whole.

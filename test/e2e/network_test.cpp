@@ -8,6 +8,7 @@
 #include <fstream>
 #include <thread>
 
+#include "comes_to.hpp"
 #include "support.hpp"
 #include "tool.hpp"
 
@@ -97,9 +98,7 @@ std::vector<std::string> train(two_hosts const& hosts, std::string const& store,
 std::uint64_t newest(two_hosts const& hosts, std::string const& event) { return largest(steps_of(hosts.folder / "events", event)); }
 
 bool passes(two_hosts const& hosts, std::string const& event, std::uint64_t step, std::chrono::seconds limit) {
-    for (auto const until = std::chrono::steady_clock::now() + limit; std::chrono::steady_clock::now() < until; std::this_thread::sleep_for(20ms))
-        if (newest(hosts, event) > step) return true;
-    return false;
+    return comes_to([&] { return newest(hosts, event) > step; }, limit, 20ms);
 }
 
 }  // namespace
@@ -112,7 +111,7 @@ BOOST_AUTO_TEST_CASE(between_two_hosts_a_dropped_link_costs_no_durable_checkpoin
     running_tool monitor(joined({"monitor", "--dir", hosts.folder / "stores", "--tcp", "10.87.0.2:7000"}, hosts.certificate("monitor")));
     hosts.at('a');
     auto const status = joined({"monitor", "--status", "--tcp", "10.87.0.2:7000"}, hosts.certificate("trainer"));
-    for (int i = 0; i < 200 && run_tool(status).code != 0; ++i) std::this_thread::sleep_for(50ms);
+    comes_to([&] { return run_tool(status).code == 0; });
 
     std::uint64_t promised = 0;
     {
@@ -161,17 +160,13 @@ BOOST_AUTO_TEST_CASE(a_dropped_link_to_the_peer_disturbs_no_run_and_a_lost_host_
         auto const s = r.code == 0 ? nlohmann::json::parse(r.out) : nlohmann::json{};
         return s.contains("peer") && !s["peer"]["stores"].empty() ? s["peer"]["stores"][0] : nlohmann::json::object();
     };
-    auto copy_becomes = [&](auto says, std::chrono::seconds limit) {
-        for (auto const until = std::chrono::steady_clock::now() + limit; std::chrono::steady_clock::now() < until; std::this_thread::sleep_for(20ms))
-            if (says(copy())) return true;
-        return false;
-    };
+    auto copy_becomes = [&](auto says, std::chrono::seconds limit) { return comes_to([&] { return says(copy()); }, limit, 20ms); };
     auto const reaches = [](std::uint64_t step) { return [step](auto const& c) { return c.value("durable_step", std::uint64_t{0}) >= step; }; };
     auto const to = std::vector<std::string>{"--monitor", "unix:" + socket};
     std::uint64_t promised = 0;
     {
         running_tool monitor(local);
-        for (int i = 0; i < 200 && !std::filesystem::exists(socket); ++i) std::this_thread::sleep_for(50ms);
+        comes_to([&] { return std::filesystem::exists(socket); });
         running_tool run(train(hosts, hosts.folder / "local/run", 1'000'000, to));
         BOOST_TEST_REQUIRE(copy_becomes(reaches(3), 30s));
         hosts.cable(false);
@@ -192,7 +187,7 @@ BOOST_AUTO_TEST_CASE(a_dropped_link_to_the_peer_disturbs_no_run_and_a_lost_host_
     running_tool monitor(local);
     // The run may have gone on beyond what was promised.
     auto const last = stored_steps(hosts.folder / "stores/run").back() + 100;
-    for (int i = 0; i < 200 && run_tool({"monitor", "--status", "--unix", socket}).code != 0; ++i) std::this_thread::sleep_for(50ms);
+    comes_to([&] { return run_tool({"monitor", "--status", "--unix", socket}).code == 0; });
     auto const ended = run_tool(train(hosts, hosts.folder / "local/run", last, to));
     BOOST_TEST(ended.code == 0, ended.err);
     BOOST_TEST(ended.err.find("the peer at tcp:10.87.0.2:7000") != std::string::npos, ended.err);
@@ -218,7 +213,7 @@ BOOST_AUTO_TEST_CASE(without_a_certificate_of_the_authority_nobody_gets_in) {
     running_tool monitor(joined({"monitor", "--dir", hosts.folder / "stores", "--tcp", "10.87.0.2:7000"}, hosts.certificate("monitor")));
     hosts.at('a');
     auto const good = joined({"monitor", "--status", "--tcp", "10.87.0.2:7000"}, hosts.certificate("trainer"));
-    for (int i = 0; i < 200 && run_tool(good).code != 0; ++i) std::this_thread::sleep_for(50ms);
+    comes_to([&] { return run_tool(good).code == 0; });
     BOOST_TEST(run_tool(good).code == 0);
     auto const plain = run_tool({"monitor", "--status", "--tcp", "10.87.0.2:7000"});
     BOOST_TEST(plain.code == 1);

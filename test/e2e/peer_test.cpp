@@ -4,7 +4,9 @@
 #include <memory>
 #include <optional>
 #include <random>
+#include <thread>
 
+#include "comes_to.hpp"
 #include "free_port.hpp"
 #include "monitored_runs.hpp"
 
@@ -49,14 +51,13 @@ struct two_hosts {
     }
     std::uint64_t durable_there() const { return copy().value("durable_step", std::uint64_t{0}); }
     bool copy_reaches(std::uint64_t step, std::chrono::seconds limit = 30s) const {
-        for (auto const until = std::chrono::steady_clock::now() + limit; std::chrono::steady_clock::now() < until; std::this_thread::sleep_for(10ms))
-            if (durable_there() >= step) return true;
-        return false;
+        return comes_to([&] { return durable_there() >= step; }, limit);
     }
     bool there_is_idle() const {
-        for (int i = 0; i < 1000; ++i, std::this_thread::sleep_for(10ms))
-            if (auto const s = status({"--tcp", "127.0.0.1:" + port}); s.contains("stores") && s["stores"].empty()) return true;
-        return false;
+        return comes_to([&] {
+            auto const s = status({"--tcp", "127.0.0.1:" + port});
+            return s.contains("stores") && s["stores"].empty();
+        });
     }
     /// Every file that carries a checkpoint's name is whole there.
     void nothing_is_broken_there() const {

@@ -11,8 +11,8 @@
 #include <fstream>
 #include <iterator>
 #include <stdexcept>
-#include <thread>
 
+#include "comes_to.hpp"
 #include "support.hpp"
 
 namespace varve_test {
@@ -73,9 +73,7 @@ bool running_tool::collect(int options) {
 }
 
 bool running_tool::ends_within(std::chrono::milliseconds time) {
-    for (auto const end = std::chrono::steady_clock::now() + time; !collect(WNOHANG); std::this_thread::sleep_for(std::chrono::milliseconds(2)))
-        if (std::chrono::steady_clock::now() >= end) return false;
-    return true;
+    return varve_test::comes_to([&] { return collect(WNOHANG); }, time, std::chrono::milliseconds(2));
 }
 
 bool running_tool::comes_to(std::function<bool()> const& condition) {

@@ -21,6 +21,7 @@
 #include <varve/scheduling/sync.hpp>
 
 #include "checking_sink.hpp"
+#include "comes_to.hpp"
 #include "late_device.hpp"
 #include "support.hpp"
 
@@ -90,16 +91,6 @@ private:
     std::vector<std::vector<std::byte>> weights_, scalars_;
     varve::state state_;
 };
-
-/// Waits, for some seconds at most.
-template <class Condition>
-bool comes_to(Condition condition) {
-    for (auto const limit = std::chrono::steady_clock::now() + 20s; !condition();) {
-        if (std::chrono::steady_clock::now() > limit) return false;
-        std::this_thread::sleep_for(100us);
-    }
-    return true;
-}
 
 template <class Scheduling>
 void never_mixes_steps(Scheduling scheduling) {
