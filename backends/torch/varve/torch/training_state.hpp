@@ -27,7 +27,7 @@ class layerwise_updater;
 struct training_state_options {
     bool rng = true;                          ///< whether LibTorch's default generators are: the CPU's, and those of the GPUs that the module is on
     update_kind update = update_kind::plain;  ///< how whole_step and layerwise_step update Adam and AdamW
-    std::size_t update_groups = 4;            ///< into how many parts layerwise_step cuts an update that is not plain, about
+    std::size_t update_groups = 2;            ///< into how many parts layerwise_step cuts an update that is not plain, about
 };
 
 /// The state of a module and its optimizer (Adam, AdamW or SGD) as named tensors in layers; the registration order of
