@@ -124,7 +124,8 @@ std::unique_ptr<running_method> start_with_monitor(libtorch::training_state& tra
     constexpr bool pinned = Staging::memory == memory_kind::pinned;
     auto const image_bytes = safetensors{}.lay_out(training.state()).size_bytes;
     // Every block from a GPU interrupts a processor and goes through two messages; a small image has eight all the same.
-    auto const largest_bytes = std::uint64_t{pinned ? 16u : 8u} << 20;
+    auto largest_bytes = std::uint64_t{pinned ? 32u : 8u} << 20;
+    if (s.pool_bytes != 0) largest_bytes = std::clamp<std::uint64_t>(s.pool_bytes / 4 / block_unit_bytes * block_unit_bytes, 8u << 20, largest_bytes);
     auto const block_bytes =
         block_bytes_of(s, by_layer, std::clamp<std::uint64_t>(image_bytes / 8 / block_unit_bytes * block_unit_bytes, 8u << 20, largest_bytes));
     auto const pool_bytes = std::min(wanted_pool_bytes(s, image_bytes, block_bytes, pool_place::monitor), largest_pool_bytes());
