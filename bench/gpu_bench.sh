@@ -172,7 +172,7 @@ run_bench() {
         varve_bench scenarios 530 --scenario all "${more[@]}" || status=1
         ;;
     5gb)
-        varve_bench 5gb 530 "${huge[@]}" --num-steps "$steps" --checkpoint-freq 30 --max-async 2 --repeat "${REPEATS_5GB:-1}" \
+        varve_bench 5gb 530 "${huge[@]}" --num-steps "$steps" --checkpoint-freq 30 --max-async 2 --repeat "$repeats" \
             --methods traditional traditional-durable layerwise || status=1
         ;;
     *)
