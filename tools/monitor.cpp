@@ -15,6 +15,7 @@
 #include <nlohmann/json.hpp>
 
 #include "varve/asio/monitor/monitor.hpp"
+#include "varve/detail/store_folder.hpp"
 #include "varve/detail/text.hpp"
 #include "varve/error.hpp"
 
@@ -176,7 +177,7 @@ int monitor(std::vector<std::string> const& args, std::ostream& out, std::ostrea
     ending_signals signals;
     std::unique_ptr<asio::monitor> serving;
     try {
-        std::filesystem::create_directories(o.dir);
+        detail::make_folders(std::filesystem::absolute(o.dir).lexically_normal(), system_calls::kernel());
         serving = std::make_unique<asio::monitor>(o);
     } catch (error const& e) {
         say_ready(e.what());

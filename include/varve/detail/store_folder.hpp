@@ -59,12 +59,16 @@ inline std::vector<std::string> names_in(int folder) {
     std::vector<std::string> names;
     int copy = ::openat(folder, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     std::unique_ptr<DIR, int (*)(DIR*)> stream(copy < 0 ? nullptr : ::fdopendir(copy), ::closedir);
-    if (!stream) throw error(last_system_error(errno), "cannot list the store's folder");
-    while (auto* entry = ::readdir(stream.get())) {
+    auto const refuse = [] { throw error(last_system_error(errno), "cannot list the store's folder"); };
+    if (!stream) refuse();
+    for (;;) {
+        errno = 0;
+        auto const* entry = ::readdir(stream.get());
+        if (!entry && errno != 0) refuse();
+        if (!entry) return names;
         std::string_view name = entry->d_name;
         if (name != "." && name != "..") names.emplace_back(name);
     }
-    return names;
 }
 
 /// What a store's mark says.
@@ -99,6 +103,22 @@ inline int fsync_file(system_calls& calls, int fd) noexcept {
     return uninterrupted([&] { return calls.fsync(fd); });
 }
 
+/// Makes the folder and those above it; every one that it makes is durable, with its entry in its parent. Throws error.
+inline void make_folders(std::filesystem::path const& p, system_calls& calls) {
+    struct stat info{};
+    if (p.empty()) return;
+    if (::stat(p.c_str(), &info) == 0) {
+        if (!S_ISDIR(info.st_mode)) throw error(std::make_error_code(std::errc::not_a_directory), p.string() + ": is no folder");
+        return;
+    }
+    if (p.has_parent_path() && p.parent_path() != p) make_folders(p.parent_path(), calls);
+    if (calls.mkdir(p.c_str(), 0777) != 0 && errno != EEXIST) throw_if(last_system_error(errno), p.string() + ": cannot create the store's folder");
+    for (auto const& made : {p, p.parent_path()}) {
+        file_descriptor const fd(calls.openat(AT_FDCWD, made.c_str(), O_RDONLY | O_DIRECTORY, 0), calls);
+        if (!fd || fsync_file(calls, fd.get()) != 0) throw_if(last_system_error(errno), made.string() + ": cannot make the new folder durable");
+    }
+}
+
 /// The folder of a store, open and locked for its one writer.
 class store_folder {
 public:
@@ -106,7 +126,7 @@ public:
     /// where somebody else's files are, errc::store_locked where another process writes.
     store_folder(std::filesystem::path const& path, std::string const& made_by, system_calls& calls)
         : calls_(&calls), path_(std::filesystem::absolute(path).lexically_normal()) {
-        make_folders(path_);
+        make_folders(path_, *calls_);
         folder_ = open_folder(path_);
         auto mark = read_mark(folder_.get(), path_);
         if (!mark) {
@@ -120,6 +140,11 @@ public:
         // Whoever wrote it may have died before it was durable: checkpoints beside a mark that a power cut empties are in no store.
         if (fsync_file(*calls_, mark_.get()) != 0) throw_if(last_system_error(errno), path_.string() + ": cannot make the store's mark durable");
         throw_if(sync(), path_.string() + ": cannot make the store's mark durable");
+        // And whoever made the folder before its entry was; a parent that may not be read was there before varve.
+        auto const shown = path_.has_filename() ? path_ : path_.parent_path();
+        if (file_descriptor const parent(calls_->openat(AT_FDCWD, shown.parent_path().c_str(), O_RDONLY | O_DIRECTORY, 0), *calls_); parent)
+            if (fsync_file(*calls_, parent.get()) != 0 && errno != EINVAL && errno != EROFS)  // of those there is none to be synced
+                throw_if(last_system_error(errno), path_.string() + ": cannot make the store's folder durable");
     }
 
     store_folder(store_folder const&) = delete;
@@ -139,17 +164,6 @@ private:
         file_descriptor fd(calls_->openat(AT_FDCWD, p.c_str(), O_RDONLY | O_DIRECTORY, 0), *calls_);
         if (!fd) throw_if(last_system_error(errno), p.string() + ": cannot open the store's folder");
         return fd;
-    }
-
-    void make_folders(std::filesystem::path const& p) {
-        struct stat info{};
-        if (p.empty() || ::stat(p.c_str(), &info) == 0) return;
-        if (p.has_parent_path() && p.parent_path() != p) make_folders(p.parent_path());
-        if (calls_->mkdir(p.c_str(), 0777) != 0 && errno != EEXIST)
-            throw_if(last_system_error(errno), p.string() + ": cannot create the store's folder");
-        for (auto const& made : {p, p.parent_path()})
-            if (fsync_file(*calls_, open_folder(made).get()) != 0)
-                throw_if(last_system_error(errno), made.string() + ": cannot make the new folder durable");
     }
 
     void lock() {
