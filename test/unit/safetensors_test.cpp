@@ -299,6 +299,12 @@ BOOST_AUTO_TEST_CASE(a_state_that_its_own_reader_would_refuse_is_refused) {
     BOOST_TEST(!code_of([&] { varve::safetensors{}.restore(fd.get(), most.state, {}); }));
     BOOST_TEST((code(tied(10'000, 1)) == std::errc::invalid_argument));
     BOOST_TEST((code(tied(0, 1025)) == std::errc::invalid_argument));
+    owned_state long_name;
+    long_name.add("l", std::string(3u << 20, 'n'), dtype::F32, {1});
+    BOOST_TEST((code(long_name) == std::errc::invalid_argument));
+    varve::safetensors const roomy(64u << 20);
+    BOOST_TEST(!code_of([&] { roomy.expect_fits({{"note", std::string(15u << 20, 'x')}}); }));
+    BOOST_TEST((code_of([&] { roomy.expect_fits({{"note", std::string(17u << 20, 'x')}}); }) == std::errc::invalid_argument));
 }
 
 BOOST_AUTO_TEST_SUITE_END()

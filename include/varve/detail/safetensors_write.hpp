@@ -28,6 +28,7 @@ namespace varve::detail {
 inline void expect_storable(state const& s) {
     std::unordered_set<std::string_view> names;
     auto take = [&](std::string const& name) {
+        if (name.size() > max_header_string_bytes / 6) refuse_argument("a tensor has a name of " + std::to_string(name.size()) + " bytes");
         if (!is_utf8(name)) refuse_argument("the tensor name " + printable(name) + " is not UTF-8");
         if (name == metadata_section) refuse_argument("no tensor can be called __metadata__: safetensors keeps that name");
         if (!names.insert(name).second) refuse_argument("two tensors are called " + printable(name));
@@ -92,7 +93,10 @@ inline std::string user_metadata_text(metadata_map const& metadata) {
         if (key.starts_with(reserved_prefix)) refuse_argument("the metadata key " + printable(key) + " begins with varve., which belongs to varve");
         if (!is_utf8(key) || !is_utf8(value)) refuse_argument("the metadata of the key " + printable(key) + " is not UTF-8");
         out += ',';
+        auto const before = out.size();
         append_pair(out, key, value);
+        if (out.size() - before > max_header_string_bytes)
+            refuse_argument("the metadata of the key " + printable(key) + " takes more than 16 MiB, the most that varve reads");
     }
     return out;
 }
