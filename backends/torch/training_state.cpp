@@ -102,6 +102,7 @@ struct training_state::parts {
     }
     void fetch(std::size_t layer) const;
     std::error_code recheck(std::size_t layer, std::size_t run);
+    std::error_code recheck_module(std::size_t layer) const;
     void refresh(std::size_t layer, std::size_t run);
     void restored();
 };
@@ -239,12 +240,18 @@ void training_state::parts::fetch(std::size_t layer) const {
     }
 }
 
-std::error_code training_state::parts::recheck(std::size_t layer, std::size_t run) {
-    if (layer != run) fetch(layer + 1);
+/// Of the optimizer's state a restore needs nothing: it gives it what was restored.
+std::error_code training_state::parts::recheck_module(std::size_t layer) const {
     for (auto i : parameters_of_layer[layer])
         if (!parameters[i].watched.is_still(parameters[i].tensor)) return errc::state_changed;
     for (auto i : mirrors_of_layer[layer])
         if (!mirrors[i].watched.is_still(mirrors[i].live)) return errc::state_changed;
+    return {};
+}
+
+std::error_code training_state::parts::recheck(std::size_t layer, std::size_t run) {
+    if (layer != run) fetch(layer + 1);
+    if (auto ec = recheck_module(layer)) return ec;
     for (auto i : optimized_of_layer[layer]) {
         auto& o = of_optimizer[i];
         if (!access->still_keeps(o.group, o.state)) return errc::state_changed;
@@ -317,6 +324,7 @@ training_state::training_state(::torch::nn::Module& module, ::torch::optim::Opti
     auto const run = state_.layers.size() - 1;
     updater_ = std::make_unique<layerwise_updater>(parts_->lists(state_));
     state_.recheck = [this, run](std::size_t layer) { return parts_->recheck(layer, run); };
+    state_.recheck_to_restore = [this](std::size_t layer) { return parts_->recheck_module(layer); };
     state_.refresh = [this, run](std::size_t layer) { parts_->refresh(layer, run); };
     state_.restored = [this] { parts_->restored(); };
 }

@@ -267,6 +267,25 @@ BOOST_AUTO_TEST_CASE(recheck_finds_what_has_moved) {
     BOOST_TEST(changed([](auto&, auto& o) { o.add_param_group(torch::optim::OptimizerParamGroup({torch::zeros({2}, torch::requires_grad())})); }));
 }
 
+BOOST_AUTO_TEST_CASE(a_restore_needs_the_module_where_it_was_and_gives_the_optimizer_its_state) {
+    odd_model model;
+    torch::optim::Adam optimizer(unique_parameters(model));
+    training_state training(model, optimizer);
+    auto& s = training.state();
+    auto const moved = [&] {
+        for (std::size_t l = 0; l < s.layers.size(); ++l)
+            if (auto ec = s.recheck_to_restore(l)) return ec;
+        return std::error_code();
+    };
+    optimizer.state().clear();
+    BOOST_TEST((recheck(s) == varve::errc::state_changed));
+    BOOST_TEST(!moved());
+    s.restored();
+    BOOST_TEST(!recheck(s));
+    model.to(torch::kDouble);
+    BOOST_TEST((moved() == varve::errc::state_changed));
+}
+
 BOOST_AUTO_TEST_CASE(what_cannot_be_saved_is_refused_by_name) {
     odd_model model;
     torch::optim::RMSprop other(unique_parameters(model));

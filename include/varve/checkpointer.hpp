@@ -58,14 +58,13 @@ public:
     /// Whether seal waits for more than its own bookkeeping.
     static constexpr bool waits_at_seal = streams || Scheduling::waits != seal_wait::nothing;
 
-    /// For sinks without files. `s`, and whatever the observers refer to, outlives the checkpointer. Throws what a relaying
-    /// sink's introduce throws.
+    /// For sinks without files. `s`, and whatever the observers refer to, outlives it. Throws what a relaying sink's introduce throws.
     checkpointer(state& s, Staging staging, Scheduling scheduling, Sink sink, checkpointer_options options = {}, Format format = Format{})
         requires(!file_sink<Sink>)
         : checkpointer(s, std::move(staging), scheduling, std::move(sink), std::move(options), std::move(format), nullptr, true) {}
 
-    /// For sinks that write files: opens the store at `folder` first; see store for what it throws. The slots in flight
-    /// follow from the scheduling.
+    /// For sinks that write files: opens the store at `folder` first; see store for what it throws. The slots in flight follow from
+    /// the scheduling. Throws errc::unsupported for files that are not durable, but for a format that streams.
     checkpointer(state& s, Staging staging, Scheduling scheduling, Sink sink, std::filesystem::path const& folder, store_options files = {},
                  checkpointer_options options = {}, Format format = Format{})
         requires(file_sink<Sink>)
@@ -193,16 +192,17 @@ public:
     }
 
     /// Reads the newest whole checkpoint, or that of `step`, into the state; nothing if there is none. Waits first until
-    /// no save reads the state, and for the work in `order`. Throws as store::restore does, and errc::out_of_order within a save.
+    /// no save reads the state, and for the work in `order`. Throws as store::restore and seal do.
     std::optional<restored_checkpoint> restore(std::optional<std::uint64_t> step = {}, restore_options options = {},
                                                [[maybe_unused]] order_type order = {})
         requires(file_sink<Sink> || fetching_sink<Sink>)
     {
         if (current_) throw error(errc::out_of_order, "restore: the save of step " + std::to_string(current_->step()) + " is not sealed");
         drain();
+        for (auto l : all_layers_) expect_same(l, state_.recheck_to_restore ? state_.recheck_to_restore : state_.recheck);
         // What is not restored is handed back as it is now, not as it was at the last save.
-        if (options.model_only && state_.refresh)
-            for (std::size_t l = 0; l < state_.layers.size(); ++l) state_.refresh(l);
+        for (auto l : all_layers_)
+            if (options.model_only && state_.refresh) state_.refresh(l);
         std::unique_ptr<device_memory> device;
         if constexpr (reaching_staging<Staging>) {
             if (!options.device && state_.in_device_memory()) device = staging_.reach(order);
@@ -245,8 +245,6 @@ private:
     public:
         explicit timed(std::int64_t& to) noexcept : to_(to), since_(clock::now()) {}
         ~timed() { to_ += std::chrono::duration_cast<std::chrono::nanoseconds>(clock::now() - since_).count(); }
-        timed(timed const&) = delete;
-        timed& operator=(timed const&) = delete;
 
     private:
         std::int64_t& to_;
@@ -258,6 +256,7 @@ private:
         : state_(s), staging_(std::move(staging)), sink_(std::move(sink)), format_(std::move(format)), observers_(options.observers),
           busy_(options.busy), image_bytes_(s.size_bytes()), all_layers_(s.layers.size()) {
         std::iota(all_layers_.begin(), all_layers_.end(), std::size_t{0});
+        if (!streams && !durable) throw error(errc::unsupported, "store_options::durable: only a format that streams saves without syncing");
         if constexpr (!streams) {
             auto layout = format_.lay_out(s);
             image_bytes_ = layout.size_bytes;
@@ -328,10 +327,12 @@ private:
         }
     }
 
+    void expect_same(std::size_t layer, std::function<std::error_code(std::size_t)> const& ask) const {
+        if (auto const ec = ask ? ask(layer) : std::error_code()) throw error(ec, "layer " + state_.layers[layer].name + ": " + ec.message());
+    }
     /// What a layer's tensors mirror goes into them, if they are still what the state says.
     void bring_up_to_date(std::size_t layer) {
-        if (state_.recheck)
-            if (auto ec = state_.recheck(layer)) throw error(ec, "layer " + state_.layers[layer].name + ": " + ec.message());
+        expect_same(layer, state_.recheck);
         if (state_.refresh) state_.refresh(layer);
     }
 

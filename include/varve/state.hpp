@@ -86,6 +86,8 @@ public:
     /// Says whether the tensors of a layer are still where `layers` says; called with its index when that layer is announced, after
     /// its update, before refresh. An error ends the save with it.
     std::function<std::error_code(std::size_t)> recheck;
+    /// The same before a restore writes to them, which may put back what a save would miss. Where it is empty, recheck is asked.
+    std::function<std::error_code(std::size_t)> recheck_to_restore;
     /// Brings tensors that mirror other values up to date; called with a layer's index when that layer is announced.
     std::function<void(std::size_t)> refresh;
     /// Hands restored values on to where they belong; called once after a restore that succeeded.

@@ -32,7 +32,7 @@ struct store_options {
     bool wait_until_prepared = false;  ///< the constructor returns when every slot was written once
     bool fresh = false;                ///< start over; refused with errc::mismatch where there are checkpoints, but for `overwrite`
     bool overwrite = false;            ///< let go what is there, of whatever run, after the first commit
-    bool durable = true;               ///< false: commits rename and sync nothing (torch.save as users call it)
+    bool durable = true;               ///< false: commits rename and sync nothing (torch.save as users call it); for formats that stream
     unsigned workers = 2;              ///< threads that read and hash when the store opens
     std::string made_by = "varve";     ///< for the mark of a new store
     system_calls* calls = nullptr;     ///< nullptr: the kernel's
@@ -164,6 +164,7 @@ public:
                     candidates = candidates_for(step);
                     continue;
                 }
+                touched = true;
                 if (s.restored) s.restored();
                 return restored_checkpoint{identity.step, identity.sequence, path() / candidate.name, identity.metadata};
             } catch (error const& e) {
@@ -172,7 +173,7 @@ public:
                     candidates = candidates_for(step);
                     continue;
                 }
-                if (!detail::tells_of_the_file(e.code())) throw;
+                if (!detail::tells_of_the_file(e.code())) throw error(e.code(), e.what() + undefined_if(touched));
                 std::lock_guard lock(mutex_);
                 broken_.push_back({candidate.name, e.what()});
                 std::erase_if(checkpoints_, [&](auto const& c) { return c.name == candidate.name; });

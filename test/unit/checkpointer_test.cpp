@@ -232,6 +232,30 @@ BOOST_AUTO_TEST_CASE(a_layer_that_moved_is_an_error_where_it_is_announced) {
     BOOST_CHECK(lost.durable().wait() == errc::state_changed);
     BOOST_TEST(!train_step(ck, model, 3).durable().wait());
     BOOST_TEST(ck.restore()->step == 3u);
+    // Nor is anything read to where it was.
+    model.update(4);
+    moved = true;
+    BOOST_CHECK_EXCEPTION(ck.restore(), varve::error, says_so);
+    BOOST_TEST(model.is_of(4));
+}
+
+BOOST_AUTO_TEST_CASE(files_that_nothing_makes_durable_are_refused_where_saves_say_that_they_are) {
+    temporary_folder dir;
+    toy_model model;
+    auto files = quick_store();
+    files.durable = false;
+    BOOST_CHECK_EXCEPTION((checkpointer<varve::sync>(model.state(), {block, block}, {}, plain_file_sink{}, dir.path(), files)), varve::error,
+                          [](auto const& e) { return e.code() == errc::unsupported; });
+    BOOST_TEST(std::filesystem::is_empty(dir.path()));
+}
+
+BOOST_AUTO_TEST_CASE(one_save_writes_at_once_at_least) {
+    temporary_folder dir;
+    toy_model model;
+    varve::checkpointer_options options;
+    options.writing_at_once = 0;
+    checkpointer<varve::sync> ck(model.state(), {block, block}, {}, plain_file_sink{}, dir.path(), quick_store(), options);
+    BOOST_TEST(!train_step(ck, model, 1).durable().wait());
 }
 
 BOOST_AUTO_TEST_CASE(a_batch_limits_what_a_save_holds) {

@@ -313,6 +313,8 @@ BOOST_AUTO_TEST_CASE(the_mark_is_made_durable_whenever_the_store_opens) {
     auto const& log = calls.log;
     auto const mark = std::find(log.begin(), log.end(), "fsync .varve");
     BOOST_TEST((mark != log.end() && std::find(mark, log.end(), "fsync " + dir.path().string()) != log.end()));
+    // And the folder's entry in the one above.
+    BOOST_TEST((std::find(mark, log.end(), "fsync " + dir.path().parent_path().string()) != log.end()));
 }
 
 BOOST_AUTO_TEST_CASE(a_mark_that_another_writer_wrote_meanwhile_stays_as_it_is) {
@@ -495,6 +497,28 @@ BOOST_AUTO_TEST_CASE(a_restore_that_fails_says_whether_tensors_may_have_changed)
     };
     BOOST_TEST((why(40) == std::pair(false, true)), "the header is broken: no tensor changes");
     BOOST_TEST(why(varve::digest_chunk_bytes + 100).first, "the data is broken");
+
+    temporary_folder dir;
+    run r(dir.path());
+    BOOST_TEST(!r.save(1));
+    r.model.state().restored = [] { throw varve::error(errc::malformed, "not a state of this generator"); };
+    BOOST_CHECK_EXCEPTION(r.ck.restore(), varve::error, [](auto const& e) { return std::string(e.what()).find("undefined") != std::string::npos; });
+}
+
+BOOST_AUTO_TEST_CASE(a_device_that_fails_makes_no_checkpoint_a_broken_one) {
+    struct device_errors : std::error_category {
+        char const* name() const noexcept override { return "device"; }
+        std::string message(int) const override { return "an illegal address"; }
+    };
+    static device_errors const category;
+    temporary_folder dir;
+    run r(dir.path());
+    BOOST_TEST(!r.save(1));
+    auto const broken = std::error_code(700, category);
+    r.model.state().restored = [&] { throw varve::error(broken); };
+    BOOST_CHECK_EXCEPTION(r.ck.restore(), varve::error, [&](auto const& e) { return e.code() == broken; });
+    r.model.state().restored = nullptr;
+    BOOST_TEST(r.ck.restore()->step == 1u);
 }
 
 BOOST_AUTO_TEST_CASE(a_store_with_checkpoints_is_not_started_over_by_accident) {

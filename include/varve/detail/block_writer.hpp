@@ -108,7 +108,7 @@ private:
         return job;
     }
     job_ptr next_locked() const {
-        if (line_.writing >= line_.options.writing_at_once) return nullptr;
+        if (line_.writing >= line_.most_writing()) return nullptr;
         auto it = std::find_if(line_.jobs.begin(), line_.jobs.end(), [](auto const& j) { return j->place == turn::waiting && !j->error; });
         return it == line_.jobs.end() ? nullptr : *it;
     }

@@ -100,6 +100,9 @@ private:
     bool open_block(job_ptr const& job, std::unique_lock<std::mutex>& lock) {
         lock.unlock();
         writer_.hand_on_turns();
+        lock.lock();
+        if (job->error) return false;  // its turn has come, and nobody to write it
+        lock.unlock();
         typename Staging::buffer_type buffer{};
         try {
             // Here, and not at begin: fresh memory costs the training thread a page fault for each 4 KiB.

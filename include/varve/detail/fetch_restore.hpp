@@ -30,10 +30,11 @@ std::optional<restored_checkpoint> restore_fetched(Sink& sink, file_format const
                     throw error(errc::not_whole,
                                 fetched->name + ": of step " + std::to_string(of) + " where " + std::to_string(*step) + " was asked for");
             auto identity = restore_file(format, fetched->file.get(), s, options, touched);
+            touched = true;
             if (s.restored) s.restored();
             return restored_checkpoint{identity.step, identity.sequence, fetched->name, std::move(identity.metadata)};
         } catch (error const& e) {
-            if (!tells_of_the_file(e.code())) throw;
+            if (!tells_of_the_file(e.code())) throw error(e.code(), e.what() + std::string(touched ? "; the tensors are undefined" : ""));
             last = e.what();
         }
     }

@@ -5,6 +5,7 @@
 #include <optional>
 #include <span>
 #include <system_error>
+#include <utility>
 
 #include "varve/concepts/relaying_sink.hpp"
 #include "varve/concepts/sink.hpp"
@@ -37,7 +38,7 @@ public:
         }
         std::span<std::uint64_t const> digests;
         if (line_.hashes) digests = job.chunk_digests;
-        job.target->hand_over({job.step(), 0, job.metadata}, digests, {&handover::came<&job_type::safe_came>, &job},
+        job.target->hand_over({job.step(), 0, std::move(job.metadata)}, digests, {&handover::came<&job_type::safe_came>, &job},
                               {&handover::came<&job_type::end_came>, &job});
     }
 

@@ -55,6 +55,7 @@ struct save_job {
     save_job(std::size_t layer_count, std::size_t block_count) : points(layer_count), taken(layer_count), blocks(block_count) {
         untaken.reserve(layer_count);
         to_take.reserve(layer_count);
+        held.reserve(block_count);
     }
 
     /// Makes it the save of that step, with room for a snapshot or without.

@@ -59,6 +59,7 @@ struct save_line {
     }
 
     std::size_t blocks() const noexcept { return map.blocks().size(); }
+    std::size_t most_writing() const noexcept { return std::max<std::size_t>(1, options.writing_at_once); }
 
     job_ptr make_job() {
         auto job = std::make_shared<job_type>(layers.size(), blocks());
@@ -133,7 +134,7 @@ struct save_line {
     /// A save that may have to give way is not copied from its snapshot before its turn: the next one takes the snapshot over at
     /// once, and what never gets to the sink does not use up the way there. With the mutex held.
     bool stays_aside(job_type const& job) const {
-        return options.busy == when_busy::replace && job.by_snapshot && job.place == turn::waiting && writing >= options.writing_at_once;
+        return options.busy == when_busy::replace && job.by_snapshot && job.place == turn::waiting && writing >= most_writing();
     }
 
     /// A block's copies from a snapshot are over, so that what they follow is: its layers were put aside, and no update need wait
