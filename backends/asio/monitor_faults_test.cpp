@@ -64,10 +64,11 @@ struct moody_trainer : raw_trainer {
 
 /// A monitor that writes to such a disk. The disk goes on at the end, whatever the test found.
 struct moody_workplace {
-    explicit moody_workplace(bool unix_socket = true, std::chrono::milliseconds linger = 300ms)
+    explicit moody_workplace(bool unix_socket = true, std::chrono::milliseconds linger = 300ms, std::uint64_t memory_bytes = 0)
         : place(unix_socket, [&](auto& o) {
               o.calls = &disk.calls;
               o.linger = linger;
+              if (memory_bytes != 0) o.memory_limit_bytes = memory_bytes;
           }) {}
     ~moody_workplace() { disk.go_on(); }
 
@@ -177,6 +178,27 @@ BOOST_AUTO_TEST_CASE(what_was_crash_safe_lingers_though_the_disk_is_full) {
         next.peer.expect<wire::durable>();
         BOOST_TEST(next.holds(w.place.file(2), 2));
     }
+}
+
+BOOST_AUTO_TEST_CASE(what_only_memory_has_lingers_though_there_is_no_more_of_it) {
+    std::uint64_t pool_bytes = 0;
+    {
+        moody_workplace w(true, 20s);
+        auto t = w.trainer(2);
+        t.greet();
+        pool_bytes = w.place.status()["memory_used_bytes"];
+    }
+    moody_workplace w(true, 20s, pool_bytes);
+    auto t = w.trainer(2);
+    w.save_held_up(t);
+    w.disk.wait_for_write();
+    t.peer.close();
+    BOOST_TEST_REQUIRE(w.trainer_is_gone());
+    w.disk.go_on(ENOSPC);
+    BOOST_TEST_REQUIRE(w.place.store_is_free());
+    auto const image = fetched(t, w.place.monitor->where());
+    BOOST_TEST_REQUIRE(image.has_value());
+    BOOST_TEST(image->step == 1u);
 }
 
 BOOST_AUTO_TEST_CASE(while_the_disk_stands_still_every_save_is_crash_safe_and_gives_way_to_the_next) {

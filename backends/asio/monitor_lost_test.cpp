@@ -178,4 +178,47 @@ BOOST_FIXTURE_TEST_CASE(a_monitor_that_falls_silent_is_lost, at_socket) {
     BOOST_TEST(first.durable().wait_for(20s) == errc::monitor_lost);
 }
 
+BOOST_FIXTURE_TEST_CASE(blocks_of_a_monitor_that_falls_silent_and_dies_come_back, at_socket) {
+    trainer t(monitor, 3);
+    t.options.silence_limit = 100ms;
+    auto c = t.start();
+    auto first = t.save(1);
+    c->take_save(t.hello);
+    c->say(wire::ping{});
+    BOOST_TEST(first.durable().wait_for(20s) == errc::monitor_lost);
+    // Every block is on loan, and nobody starts another monitor.
+    monitor.die();
+    c.reset();
+    t.model.update(2);
+    auto second = std::async(std::launch::async, [&] { return t.checkpointer->save(2); });
+    BOOST_TEST_REQUIRE((second.wait_for(20s) == std::future_status::ready));
+    BOOST_TEST(second.get().durable().wait_for(20s) == errc::monitor_lost);
+    t.checkpointer->before_update();
+}
+
+BOOST_FIXTURE_TEST_CASE(blocks_come_back_from_a_monitor_that_refuses_the_run_when_it_is_found_again, at_socket) {
+    trainer t(monitor, 3);
+    auto c = t.start();
+    auto first = t.save(1);
+    c->take_save(t.hello);
+    c.reset();
+    BOOST_TEST(first.durable().wait_for(20s) == errc::monitor_lost);
+    std::atomic<bool> over = false;
+    auto refusing = std::async(std::launch::async, [&] {
+        while (!over) {
+            try {
+                auto again = monitor.accept();
+                again->expect<wire::hello>();
+                again->say(wire::refusal{std::make_error_code(std::errc::no_space_on_device), "no room"});
+            } catch (std::exception const&) {
+            }
+        }
+    });
+    auto second = t.save(2);
+    BOOST_TEST(second.durable().wait_for(20s) == errc::monitor_lost);
+    t.checkpointer->before_update();
+    over = true;
+    while (refusing.wait_for(1ms) != std::future_status::ready) t.save(3);  // comes to be refused once more
+}
+
 BOOST_AUTO_TEST_SUITE_END()

@@ -159,7 +159,9 @@ void relay::install(std::shared_ptr<session> s) {
 }
 
 std::shared_ptr<session> relay::connected() {
-    std::lock_guard connecting(connecting_);
+    // Who waits for a welcome may do so for a minute, while a monitor is stuck; a save does not.
+    std::unique_lock connecting(connecting_, std::chrono::system_clock::now() + options_.connect_limit);
+    if (!connecting) throw lost(where_.text(), "it has not answered yet");
     std::shared_ptr<session> last;
     {
         std::lock_guard lock(mutex_);
@@ -230,15 +232,14 @@ bool relay::try_to_settle(session& ended) noexcept {
         if (ending_) return ended.ended_by_monitor();
     }
     if (clock::now() < not_before_) return false;
-    bool reached = false;
     try {
         auto open = ended.ended_by_monitor() ? try_to_reach() : reach();
-        reached = true;
         install(greet_again(std::move(open), ended));
         return true;
     } catch (std::exception const&) {
-        // Nobody is there any more; or it is another one, or overloaded, and the next save says why it fails.
-        if (!reached && ended.ended_by_monitor()) return true;
+        // Nobody is there any more, or it refuses this run, and the next save says why. It ends a connection only when it has let
+        // the pool go.
+        if (ended.ended_by_monitor()) return true;
         not_before_ = clock::now() + options_.retry_after;
         return false;
     }

@@ -64,7 +64,7 @@ private:
     bool by_reference_ = false;
 
     std::atomic<bool> ending_{false};
-    std::mutex connecting_;  ///< held by whoever connects; guards the two lines below
+    std::timed_mutex connecting_;  ///< held by whoever connects; guards the two lines below
     wire::hello hello_;
     std::chrono::steady_clock::time_point not_before_{};
 

@@ -267,7 +267,7 @@ void session::pump() {
         for (auto& o : std::exchange(writing_, {}))
             if (o.done.done) o.done(ec ? make_error_code(errc::monitor_lost) : std::error_code{});
         // A Unix socket says so when its other end is closed.
-        if (ec == std::errc::broken_pipe || ec == std::errc::connection_reset) ended_by_monitor_ = true;
+        if (!is_lost() && (ec == std::errc::broken_pipe || ec == std::errc::connection_reset)) ended_by_monitor_ = true;
         if (ec)
             lose(ec.message());
         else
@@ -286,10 +286,12 @@ void session::process() {
     } catch (std::exception const& e) {
         return lose(e.what());
     }
+    awaiting_ = true;
     dialogue_->stream().read(dialogue_->buffer().room(), 1, [this](std::error_code ec, std::size_t n) {
-        {
-            std::lock_guard lock(mutex_);
-            if (lost_) return;
+        awaiting_ = false;
+        if (is_lost()) {
+            if (ec && left_open_) ended_by_monitor_ = true;
+            return;
         }
         silence_.broken(clock::now());
         dialogue_->buffer().filled(n);
@@ -355,7 +357,13 @@ void session::watch_silence() {
     watch_.async_wait([this, period](boost::system::error_code ec) {
         if (ec) return;
         auto const silent = silence_.lasted(clock::now(), period);
-        if (pings_ && silent >= settings_.silence) return lose("it says nothing");
+        // A monitor that has blocks of ours is heard to the end: until it lets them go, or dies.
+        bool const lent = !settings_.regions.empty();
+        if (pings_ && silent >= settings_.silence) {
+            lose("it says nothing", lent);
+            if (lent) dialogue_->stream().end_writing();
+            return;
+        }
         watch_silence();
     });
 }

@@ -18,7 +18,7 @@ namespace varve::asio::server {
 
 namespace {
 
-constexpr std::size_t most_sessions = 256;
+constexpr std::size_t most_sessions = 256, most_network_sessions = 192;
 /// With `once`: for how long nobody may come before it ends.
 constexpr std::chrono::seconds first_trainer_limit{60};
 /// Of greetings of more than a buffer that are being read, in all: two of the largest.
@@ -84,7 +84,9 @@ void core::accept(std::size_t i) {
             if (self->stopping_) return;
             // The socket is 0600; this is for whoever changed that.
             bool const stranger = s && s->peer_uid() && *s->peer_uid() != ::geteuid() && *s->peer_uid() != 0;
-            if (s && !stranger && self->sessions_.size() < most_sessions) {
+            // Who comes over the network is not known yet, and leaves room for this host's.
+            auto const most = s && s->peer_uid() ? most_sessions : most_network_sessions;
+            if (s && !stranger && self->sessions_.size() < most) {
                 try {
                     auto const made = std::make_shared<session>(self, std::move(s));
                     self->sessions_.insert(made);
@@ -305,13 +307,19 @@ void core::store_opened(std::filesystem::path const& path, std::shared_ptr<held_
     w.durable_step = found.durable_step;
     w.durable_sequence = found.durable_sequence;
     w.credit_bytes = found.credit_bytes;
+    std::string no_copy;
     {
         std::lock_guard lock(mutex_);
         // Not before: one that is refused changes nothing.
         if (fresh) lingering_.drop(path);
         if (auto const* kept = lingering_.find(path)) w.memory_step = kept->step;
-        if (options_.peer && !store->trained().relayed) replicate(path, store->trained(), found);
+        try {
+            if (options_.peer && !store->trained().relayed) replicate(path, store->trained(), found);
+        } catch (std::exception const& e) {
+            no_copy = e.what();
+        }
     }
+    if (!no_copy.empty()) log(path.string() + ": nothing is sent to the peer: " + no_copy);
     log(path.string() + ": opened for " + call.peer);
     call.good(store, w);
 }
@@ -336,11 +344,17 @@ void core::replicate(std::filesystem::path const& path, wire::hello const& run, 
             if (auto const self = weak.lock()) self->look_if_over();
         });
     };
+    std::optional<local_checkpoint> newest;
+    if (found.durable_step > 0) newest = {found.durable_step, found.durable_sequence};
     auto& copy = replicas_[path];
     if (copy) copy->cancel();
     s.after = std::move(copy);
-    copy = std::make_shared<replica>(
-        std::move(s), found.durable_step > 0 ? std::optional(local_checkpoint{found.durable_step, found.durable_sequence}) : std::nullopt);
+    try {
+        copy = std::make_shared<replica>(std::move(s), newest);
+    } catch (...) {
+        replicas_.erase(path);
+        throw;
+    }
 }
 
 void core::detach(std::shared_ptr<held_store> const& store, bool farewell) {

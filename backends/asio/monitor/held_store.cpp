@@ -222,8 +222,8 @@ void held_store::take(wire::abandon const& m) {
     for (auto const& s : saves_)
         if (s->id == m.save) {
             // What is whole is committed all the same, and answered so.
-            if (!s->ended_by_trainer && !s->error) end(*s, errc::cancelled, "");
-            s->ended_by_trainer = true;
+            bool const unwanted = !std::exchange(s->ended_by_trainer, true);
+            if (unwanted && !s->error) end(*s, errc::cancelled, "");
             forget();
             return;
         }

@@ -41,6 +41,13 @@ public:
             bytes_ = to;
         }
 
+        /// A part of it, of at most its bytes.
+        lease split(std::uint64_t bytes) noexcept {
+            bytes = std::min(bytes, bytes_);
+            bytes_ -= bytes;
+            return lease(of_, bytes);
+        }
+
     private:
         friend class memory_budget;
         lease(std::shared_ptr<count> of, std::uint64_t bytes) noexcept : of_(std::move(of)), bytes_(bytes) {}

@@ -303,6 +303,8 @@ std::unique_ptr<kept_image> held_store::keep_in_memory(held_save& s) {
     auto out = std::make_unique<kept_image>();
     if (by_reference_) {
         auto more = hooks_.more_memory(image_.size_bytes);
+        // What stands nowhere else is kept all the same: the pool, which has room for two, is let go in a moment.
+        if (std::lock_guard lock(mutex_); !more && s.sequence == 0) more = lease_.split(image_.size_bytes);
         if (!more) return nullptr;
         out->lease = std::move(*more);
     }

@@ -48,6 +48,11 @@ public:
         go_on_writing(true);
     }
 
+    void end_writing() noexcept {
+        boost::system::error_code ignored;
+        socket_.shutdown(boost::asio::socket_base::shutdown_send, ignored);
+    }
+
     void close() noexcept {
         if (std::exchange(closed_, true)) return;
         io_->end();
@@ -172,6 +177,7 @@ public:
     void write(std::span<std::span<std::byte const> const> pieces, handler done, std::vector<int> descriptors) override {
         connection_->start_write(pieces, std::move(done), std::move(descriptors));
     }
+    void end_writing() noexcept override { connection_->end_writing(); }
     void close() noexcept override { connection_->close(); }
     bool passes_descriptors() const noexcept override { return is_unix_; }
     std::vector<file_descriptor> take_descriptors() override { return std::exchange(connection_->received, {}); }

@@ -67,6 +67,8 @@ public:
     /// Writes all bytes of all pieces; the bytes stay valid until the handler runs (the list of pieces is copied). The
     /// descriptors go along with the first byte, where passes_descriptors(); they may be closed once the handler runs.
     virtual void write(std::span<std::span<std::byte const> const> pieces, handler done, std::vector<int> descriptors = {}) = 0;
+    /// Ends this side of a Unix socket: the other reads to its end, and what it says still comes.
+    virtual void end_writing() noexcept = 0;
     /// Ends the connection: what is pending ends with operation_aborted. May be called again.
     virtual void close() noexcept = 0;
 
