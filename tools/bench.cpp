@@ -69,6 +69,9 @@ public:
                 } catch (method_failed const&) {
                     failure = std::current_exception();
                     break;
+                } catch (usage_error const&) {
+                    failure = std::current_exception();  // what only the method itself finds out
+                    break;
                 } catch (interrupted const& e) {
                     if (repeat == 0) throw interrupted(e.what() + std::string("; no result was written"));
                     failure = std::make_exception_ptr(interrupted(

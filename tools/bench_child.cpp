@@ -77,8 +77,9 @@ public:
         auto trainer = make_trainer(settings_);
         auto const setup_start = clock::now();
         if (entry_ && entry_->takes_monitor && (settings_.wants_monitor() || entry_->needs_monitor))
-            monitor_.emplace(settings_, store_, 0, [this](std::string const& line) { progress_.line(line); });
-        auto method = start(*trainer, settings_.run.prepare != "none");
+            monitor_.emplace(
+                settings_, store_, 0, [this](std::string const& line) { progress_.line(line); }, monitor_of_run::name_of_its_own(store_));
+        auto method = start_to_train(*trainer);
         double const setup_sec = seconds(clock::now() - setup_start);
         warm_up(*trainer);
 
@@ -112,8 +113,20 @@ public:
     }
 
 private:
-    std::unique_ptr<running_method> start(trainer& t, bool prepare) {
+    std::unique_ptr<running_method> start_to_train(trainer& t) {
         if (!entry_) return nullptr;
+        auto m = settings_of_method();
+        m.wait_for_preparation = m.prepare != prepare_mode::none;
+        // Here the store was emptied; where it is a name at a monitor, this run's first checkpoint does it.
+        m.fresh = m.overwrite = m.monitor && m.monitor->address.starts_with("tcp:");
+        return entry_->start(t.training(), m);
+    }
+    std::unique_ptr<running_method> start_to_restore(trainer& t) {
+        auto m = settings_of_method();
+        m.prepare = prepare_mode::none;
+        return entry_->start(t.training(), m);
+    }
+    method_settings settings_of_method() {
         auto m = method_settings_of(settings_, observers_);
         m.dir = store_;
         m.made_by = "varve bench";
@@ -121,10 +134,8 @@ private:
         // No more files are written ahead than checkpoints will be.
         m.keep =
             std::min(m.keep, static_cast<std::size_t>(std::max<std::uint64_t>(1, settings_.training.num_steps / settings_.training.checkpoint_freq)));
-        if (!prepare) m.prepare = prepare_mode::none;
-        m.wait_for_preparation = prepare;
         if (monitor_) m.monitor = monitor_->use();
-        return entry_->start(t.training(), m);
+        return m;
     }
 
     /// Of the one that trains; empty on a CPU.
@@ -172,6 +183,8 @@ private:
             r.stopped = stop_signals::requested();
             bool const due = step % freq == 0 || (r.stopped && method);
             if (due && !r.first_due_sec) r.first_due_sec = seconds(clock::now() - r.start);
+            // The last save must not be one that is skipped or gives way.
+            if (r.stopped && method && busy_mode(settings_) != when_busy::block) method->drain();
             auto const saved = update_and_save(t, method, step, due, r.loss);
             auto const after = stalls();
             r.step_ms.push_back(seconds(clock::now() - step_start) * 1e3 - ms(after.total_ns - before.total_ns));
@@ -292,7 +305,7 @@ private:
 
     json restore(std::vector<std::pair<std::string, std::string>> const& final_bits, std::filesystem::path const& newest) {
         auto trainer = make_trainer(settings_);
-        auto method = start(*trainer, false);
+        auto method = start_to_restore(*trainer);
         restore_options options;
         // Training does not run beside it: every core may read and hash.
         options.workers = reading_workers();
@@ -301,8 +314,10 @@ private:
         auto const restored = method->restore(std::nullopt, options);
         auto const cold_sec = seconds(clock::now() - cold_start);
         if (!restored) throw error(errc::no_checkpoint, store_.string() + " has no whole checkpoint after the run");
-        std::error_code ignored;
-        auto const bytes = static_cast<double>(std::filesystem::file_size(restored->path, ignored));
+        // One that came from a monitor's memory, or another host, is no file here.
+        std::error_code no_file;
+        auto const file_bytes = std::filesystem::file_size(restored->path, no_file);
+        auto const bytes = static_cast<double>(no_file ? method->facts().image_bytes : file_bytes);
         fill_page_cache(newest);
         auto const warm_sec = warm_restore_sec(*method, restored->step, options);
 

@@ -16,8 +16,12 @@ namespace {
 std::string gb(double bytes) { return short_number(bytes / 1e9) + " GB"; }
 
 void check_methods(settings const& s) {
-    for (auto const& name : s.run.methods)
-        if (name != "none") runnable_method(name);
+    for (auto const& name : s.run.methods) {
+        if (name == "none") continue;
+        runnable_method(name);
+        if (name.starts_with("host+") && chosen_device(s) == "cuda")
+            throw usage_error(name + ": host staging cannot read GPU memory; take pinned" + name.substr(4) + ", or --device cpu");
+    }
 }
 
 bool runnable(std::string_view name) {
@@ -108,7 +112,7 @@ std::vector<planned_comparison> plan_bench(given_settings const& given, std::str
     for (auto const& p : plan) {
         check_settings(p.chosen, settings_command::bench);
         check_methods(p.chosen);
-        check_memory(p.chosen);
+        if (chosen_device(p.chosen) == "cpu") check_memory(p.chosen);
     }
     if (plan.empty()) throw usage_error("nothing to run: --num-steps is below every frequency");
     return plan;

@@ -9,6 +9,7 @@
 #include <nlohmann/json.hpp>
 
 #include "varve/detail/safetensors_read.hpp"
+#include "varve/detail/safetensors_rules.hpp"
 #include "varve/format/safetensors.hpp"
 
 #include "pt_file.hpp"
@@ -86,6 +87,7 @@ unsigned reading_workers() {
 std::map<std::string, std::string> aliases_of(metadata_map const& metadata) {
     auto found = metadata.find(std::string(detail::aliases_key));
     if (found == metadata.end()) return {};
+    if (found->second.size() > detail::max_aliases_bytes) throw error(errc::malformed, "its metadata varve.aliases is too large");
     auto json = nlohmann::json::parse(found->second, nullptr, false);
     std::map<std::string, std::string> out;
     if (!json.is_object()) throw error(errc::malformed, "its metadata varve.aliases is no JSON object");

@@ -1,3 +1,4 @@
+#include <fcntl.h>
 #include <algorithm>
 #include <exception>
 #include <filesystem>
@@ -112,4 +113,9 @@ int run(std::vector<std::string> const& args) {
 
 }  // namespace varve::tool
 
-int main(int argc, char** argv) { return varve::tool::run({argv + 1, argv + argc}); }
+int main(int argc, char** argv) {
+    // A file that were opened in the place of a closed standard one would get what is printed.
+    for (int fd : {0, 1, 2})
+        if (::fcntl(fd, F_GETFD) < 0) ::open("/dev/null", O_RDWR);
+    return varve::tool::run({argv + 1, argv + argc});
+}

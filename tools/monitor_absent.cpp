@@ -13,7 +13,9 @@ constexpr char const* not_built = "the monitor is not built: it needs the backen
 int monitor(std::vector<std::string> const&, std::ostream&, std::ostream&) { throw usage_error(not_built); }
 
 class monitor_of_run::impl {};
-monitor_of_run::monitor_of_run(settings const&, std::filesystem::path const&, std::uint64_t, std::function<void(std::string const&)>) {
+std::string monitor_of_run::name_of_its_own(std::filesystem::path const&) { return {}; }
+monitor_of_run::monitor_of_run(settings const&, std::filesystem::path const&, std::uint64_t, std::function<void(std::string const&)>,
+                               std::string const&) {
     throw usage_error(not_built);
 }
 monitor_of_run::~monitor_of_run() = default;

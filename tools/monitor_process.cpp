@@ -31,6 +31,14 @@ constexpr std::chrono::seconds start_limit{20};
 constexpr std::chrono::seconds end_limit{120};
 constexpr int ready_descriptor = 3;
 
+std::string digest_of(std::string const& text) { return detail::hex(detail::digest(std::as_bytes(std::span(text)))); }
+
+/// Without the slash behind it, which would be a name of its own.
+std::filesystem::path absolute_folder(std::filesystem::path const& folder) {
+    auto const normal = std::filesystem::absolute(folder).lexically_normal();
+    return normal.has_filename() ? normal : normal.parent_path();
+}
+
 /// A folder that is ours alone, for sockets: the user's runtime folder, or one below /tmp.
 std::filesystem::path socket_folder(bool& made_here) {
     auto is_ours = [](char const* path) {
@@ -69,30 +77,26 @@ std::filesystem::path socket_folder(bool& made_here) {
 
 class monitor_of_run::impl {
 public:
-    impl(settings const& s, std::filesystem::path const& store, std::uint64_t linger_seconds, std::function<void(std::string const&)> say)
-        : linger_seconds_(linger_seconds), say_(std::move(say)), store_(std::filesystem::absolute(store).lexically_normal()) {
+    impl(settings const& s, std::filesystem::path const& store, std::uint64_t linger_seconds, std::function<void(std::string const&)> say,
+         std::string const& name)
+        : linger_seconds_(linger_seconds), say_(std::move(say)), store_(absolute_folder(store)) {
         use_ = std::make_shared<monitor_use>();
         external_ = !s.run.monitor.empty();
         if (external_) {
             use_->certificate = s.run.cert;
             use_->key = s.run.key;
             use_->authority = s.run.ca;
-            try {
-                where_ = asio::parse_address(s.run.monitor);
-            } catch (error const& e) {
-                throw usage_error(std::string("--monitor: ") + e.what());
-            }
+            where_ = asio::parse_address(s.run.monitor);
         } else {
-            auto const name = std::filesystem::weakly_canonical(store_).string();
             auto const folder = socket_folder(made_folder_);
-            where_.path = folder / (detail::hex(detail::digest(std::as_bytes(std::span(name)))) + ".sock");
+            where_.path = folder / (digest_of(std::filesystem::weakly_canonical(store_).string()) + ".sock");
             more_words_ = {"--num-threads", std::to_string(s.pccheck.num_threads)};
             if (!s.run.peer.empty()) more_words_.insert(more_words_.end(), {"--peer", s.run.peer});
             for (auto const& [option, value] : {std::pair("--cert", s.run.cert), std::pair("--key", s.run.key), std::pair("--ca", s.run.ca)})
                 if (!value.empty()) more_words_.insert(more_words_.end(), {option, value});
         }
         use_->address = where_.is_unix() ? "unix:" + std::filesystem::absolute(where_.path).string() : where_.text();
-        use_->store = where_.is_unix() ? store_.string() : store_.filename().string();
+        use_->store = where_.is_unix() ? store_.string() : name.empty() ? store_.filename().string() : name;
     }
 
     void ensure() {
@@ -206,8 +210,8 @@ private:
 };
 
 monitor_of_run::monitor_of_run(settings const& s, std::filesystem::path const& store, std::uint64_t linger_seconds,
-                               std::function<void(std::string const&)> say)
-    : impl_(std::make_shared<impl>(s, store, linger_seconds, std::move(say))) {
+                               std::function<void(std::string const&)> say, std::string const& name)
+    : impl_(std::make_shared<impl>(s, store, linger_seconds, std::move(say), name)) {
     if (impl_->external_) return;
     impl_->ensure();
     // Kept by its address alone: the use is the impl's own.
@@ -216,6 +220,12 @@ monitor_of_run::monitor_of_run(settings const& s, std::filesystem::path const& s
     };
 }
 monitor_of_run::~monitor_of_run() { end(); }
+std::string monitor_of_run::name_of_its_own(std::filesystem::path const& store) {
+    char host[256] = {};
+    ::gethostname(host, sizeof host - 1);
+    auto const folder = absolute_folder(store);
+    return folder.filename().string() + "-" + digest_of(std::string(host) + "\n" + folder.string());
+}
 std::shared_ptr<monitor_use const> monitor_of_run::use() const { return impl_->use_; }
 bool monitor_of_run::is_external() const { return impl_->external_; }
 void monitor_of_run::end() { impl_->end(); }

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <filesystem>
+#include <fstream>
 #include <ios>
 #include <set>
 #include <sstream>
@@ -11,10 +12,13 @@
 #include <yaml-cpp/yaml.h>
 #include <boost/program_options.hpp>
 
+#include "build_config.hpp"
+#if VARVE_TOOL_WITH_ASIO
+#include "varve/asio/transport.hpp"
+#endif
 #include "varve/error.hpp"
 #include "varve/system.hpp"
 
-#include "build_config.hpp"
 #include "errors.hpp"
 #include "methods.hpp"
 #include "settings_options.hpp"
@@ -118,7 +122,11 @@ void read_file(given_settings& given) {
     auto const& path = given.file_path;
     YAML::Node root;
     try {
-        root = YAML::LoadFile(path);
+        std::ifstream in(path);
+        if (!in) throw YAML::BadFile(path);
+        auto const documents = YAML::LoadAll(in);
+        if (documents.size() > 1) throw usage_error(path + ": has " + std::to_string(documents.size()) + " documents; give one");
+        if (!documents.empty()) root = documents.front();
     } catch (YAML::BadFile const&) {
         throw usage_error("cannot read the configuration file '" + path + "': " + why_unreadable(path));
     } catch (std::ios_base::failure const&) {
@@ -213,15 +221,38 @@ void check_monitor(settings const& s, settings_command command) {
     char const* option = s.run.monitor.empty() ? "--use-monitor" : "--monitor";
     if (!VARVE_TOOL_WITH_ASIO)
         throw usage_error(std::string(option) + ": the monitor is not built; install Boost 1.78 or newer and liburing, and build again");
+#if VARVE_TOOL_WITH_ASIO
+    try {
+        if (!s.run.monitor.empty()) asio::parse_address(s.run.monitor);
+    } catch (error const& e) {
+        throw usage_error(std::string("--monitor: ") + e.what());
+    }
+#endif
     if (command != settings_command::train || s.command.method.empty()) return;
     if (s.command.method != "none" && !runnable_method(s.command.method).takes_monitor)
         throw usage_error(std::string(option) + ": " + s.command.method +
                           " cannot go through a monitor; take original, layerwise, or a combination with a file sink");
 }
 
+/// The result says what was asked for, in JSON.
+void check_text(settings const& s) {
+    auto const json = to_json(s);
+    for (auto const& [section, values] : json.items())
+        for (auto const& [key, value] : values.items()) {
+            try {
+                value.dump();
+            } catch (nlohmann::json::exception const&) {
+                auto option = key;
+                std::replace(option.begin(), option.end(), '_', '-');
+                throw usage_error("--" + option + ": is no UTF-8, as the result has to be");
+            }
+        }
+}
+
 }  // namespace
 
 void check_settings(settings const& s, settings_command command) {
+    if (command == settings_command::bench) check_text(s);
     check_monitor(s, command);
     chosen_update(s);  // throws for what this LibTorch does not have
     if (chosen_device(s) != "cuda" && s.run.gpu_snapshot == "on")

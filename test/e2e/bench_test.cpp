@@ -7,6 +7,7 @@
 #include <csignal>
 #include <fstream>
 
+#include "free_port.hpp"
 #include "monitored_runs.hpp"
 #include "support.hpp"
 #include "tool.hpp"
@@ -237,6 +238,44 @@ BOOST_AUTO_TEST_CASE(with_use_monitor_the_original_is_chk_monitors_row_and_nothi
         BOOST_TEST(fs::is_empty(w.folder.path() / "sockets"));
         fs::remove_all(dir);
     }
+}
+
+BOOST_AUTO_TEST_CASE(at_a_monitor_on_another_host_a_bench_leaves_the_stores_of_others_alone) {
+    if (!runs_here("layerwise-monitor")) return skip("the monitor is not built");
+    temporary_folder folder;
+    auto const port = std::to_string(free_port());
+    running_tool monitor({"monitor", "--dir", folder / "stores", "--tcp", "127.0.0.1:" + port});
+    BOOST_TEST_REQUIRE(answers({"--tcp", "127.0.0.1:" + port}));
+    auto const small = [&](std::string const& width) {
+        return std::vector<std::string>{"--d-model",         "32",
+                                        "--num-layers",      "1",
+                                        "--nhead",           "2",
+                                        "--vocab-size",      "500",
+                                        "--dim-feedforward", width,
+                                        "--num-samples",     "40",
+                                        "--seq-len",         "8",
+                                        "--batch-size",      "2",
+                                        "--num-steps",       "12",
+                                        "--checkpoint-freq", "5",
+                                        "--monitor",         "tcp:127.0.0.1:" + port};
+    };
+    // With a slash behind it, it is the same folder.
+    trains(joined({"train", "--method", "layerwise", "--dir", folder / "layerwise/"}, small("16")));
+    auto const trained = stored_steps(folder / "stores/layerwise");
+    auto const text = read_text(newest_file(folder / "stores/layerwise"));
+    // The second one starts over what the first one left there.
+    for (std::string const width : {"16", "32"}) {
+        auto const r = run_tool(joined(
+            {"bench", "--methods", "layerwise", "--output-dir", folder / width, "--checkpoint-dir", folder / "ck", "--warmup", "0"}, small(width)));
+        BOOST_TEST_REQUIRE(r.code == 0, r.err);
+        auto const result = read_json(result_in(folder / width)).at("results").at("Layerwise PCCheck (Improved)");
+        BOOST_TEST(result.at("/restore/bit_exact"_json_pointer).get<bool>());
+        BOOST_TEST(result.at("/restore/gbps"_json_pointer).get<double>() < 1000);
+    }
+    BOOST_TEST(stored_steps(folder / "stores/layerwise") == trained, boost::test_tools::per_element());
+    BOOST_TEST((read_text(newest_file(folder / "stores/layerwise")) == text));
+    monitor.signal(SIGTERM);
+    BOOST_TEST(monitor.wait().code == 0);
 }
 
 BOOST_AUTO_TEST_CASE(saves_that_give_way_are_counted_and_the_others_are_durable) {

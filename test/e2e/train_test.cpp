@@ -1,10 +1,12 @@
 #include <boost/test/unit_test.hpp>
 
 #include <csignal>
+#include <cstdlib>
 #include <fstream>
 #include <string>
 #include <vector>
 
+#include "shell.hpp"
 #include "support.hpp"
 #include "tool.hpp"
 
@@ -66,6 +68,15 @@ BOOST_AUTO_TEST_CASE(a_line_of_events_that_a_kill_has_torn_spoils_no_other) {
     for (std::string line; std::getline(in, line); ++whole) BOOST_TEST(nlohmann::json::accept(line), line);
     BOOST_TEST(whole > 4u);
     BOOST_TEST(read_events(events).size() == whole);
+}
+
+BOOST_AUTO_TEST_CASE(what_is_printed_goes_into_no_file_of_a_store_where_nobody_listens) {
+    temporary_folder folder;
+    std::string command = "'" + std::string(std::getenv("VARVE_TOOL")) + "'";
+    for (auto const& word : train_args("original", folder / "store", "4")) command += " '" + word + "'";
+    BOOST_TEST(shell(command + " --device cpu <&- >&- 2>&-") == 0);
+    auto const r = run_tool({"verify", folder / "store"});
+    BOOST_TEST(r.code == 0, r.err);
 }
 
 BOOST_AUTO_TEST_CASE(a_run_in_two_halves_ends_with_the_bits_of_one_run) { two_halves_are_one_run("cpu"); }

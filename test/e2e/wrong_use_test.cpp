@@ -50,6 +50,7 @@ BOOST_AUTO_TEST_CASE(wrong_options_get_one_line_that_says_what_to_do) {
 
 BOOST_AUTO_TEST_CASE(a_monitor_that_makes_no_sense_is_refused) {
     if (!has_monitor()) return skip("the monitor is not built");
+    refused({"bench", "--monitor", "nowhere"}, "--monitor");
     refused({"monitor"}, "--dir");
     refused({"monitor", "--dir", "/tmp/x"}, "--unix PATH or --tcp HOST:PORT");
     refused({"monitor", "--dir", "/tmp/x", "--tcp", "0.0.0.0:0"}, "--cert");
@@ -129,6 +130,14 @@ BOOST_AUTO_TEST_CASE(a_wrong_configuration_file_is_refused_with_its_key) {
     refused(with("model:\n  d_model: 64\n  d_model: 32\n"), "twice");
     refused(with("model: {d_model: 64\n"), "not YAML");
     refused(with("pccheck:\n  use_monitor: perhaps\n"), "pccheck.use_monitor");
+    refused(with("model:\n  d_model: 64\n---\nmodel:\n  d_model: 32\n"), "2 documents");
+}
+
+BOOST_AUTO_TEST_CASE(what_the_result_cannot_say_is_refused_before_anything_is_made) {
+    temporary_folder folder;
+    auto const results = folder / "caf\xe9";
+    refused({"bench", "--output-dir", results}, "--output-dir: is no UTF-8");
+    BOOST_TEST(!std::filesystem::exists(results));
 }
 
 BOOST_AUTO_TEST_CASE(settings_come_from_default_scenario_file_and_flag_in_that_order) {
