@@ -201,8 +201,8 @@ public:
         drain();
         for (auto l : all_layers_) expect_same(l, state_.recheck_to_restore ? state_.recheck_to_restore : state_.recheck);
         // What is not restored is handed back as it is now, not as it was at the last save.
-        for (auto l : all_layers_)
-            if (options.model_only && state_.refresh) state_.refresh(l);
+        if (options.model_only && state_.refresh)
+            for (auto l : all_layers_) state_.refresh(l);
         std::unique_ptr<device_memory> device;
         if constexpr (reaching_staging<Staging>) {
             if (!options.device && state_.in_device_memory()) device = staging_.reach(order);
