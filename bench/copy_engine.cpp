@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <array>
-#include <chrono>
 #include <cstddef>
 #include <cstdio>
 #include <string>
@@ -15,16 +14,12 @@
 #include "varve/cuda/error.hpp"
 #include "varve/cuda/memory.hpp"
 
+#include "timing.hpp"
+
 namespace {
 
-using clock_type = std::chrono::steady_clock;
 using varve::cuda::throw_if;
-
-double ms_since(clock_type::time_point t) { return std::chrono::duration<double, std::milli>(clock_type::now() - t).count(); }
-double median(std::vector<double> v) {
-    std::nth_element(v.begin(), v.begin() + static_cast<std::ptrdiff_t>(v.size() / 2), v.end());
-    return v[v.size() / 2];
-}
+using varve_bench::clock_type, varve_bench::median, varve_bench::ms_since;
 
 constexpr std::size_t image_bytes = 344u << 20;
 

@@ -16,16 +16,9 @@
 #include "varve/scheduling/async.hpp"
 #include "varve/sink/null.hpp"
 
-namespace {
+#include "timing.hpp"
 
-using clock_type = std::chrono::steady_clock;
-double ms_since(clock_type::time_point t) { return std::chrono::duration<double, std::milli>(clock_type::now() - t).count(); }
-double median(std::vector<double> v) {
-    std::nth_element(v.begin(), v.begin() + static_cast<std::ptrdiff_t>(v.size() / 2), v.end());
-    return v[v.size() / 2];
-}
-
-}  // namespace
+using varve_bench::clock_type, varve_bench::median, varve_bench::ms_since;
 
 int main() {
     int devices = 0;

@@ -31,20 +31,17 @@
 #include "varve/detail/digest.hpp"
 #include "varve/format/safetensors.hpp"
 
+#include "timing.hpp"
+
 namespace {
 
 namespace va = varve::asio;
 namespace wire = varve::asio::wire;
 using namespace std::chrono_literals;
-using clock_type = std::chrono::steady_clock;
+using varve_bench::clock_type, varve_bench::median;
 
 double gb_per_s(std::uint64_t bytes, clock_type::time_point since) {
     return static_cast<double>(bytes) / std::chrono::duration<double>(clock_type::now() - since).count() / 1e9;
-}
-
-double median(std::vector<double> v) {
-    std::sort(v.begin(), v.end());
-    return v[v.size() / 2];
 }
 
 [[noreturn]] void fail(std::string const& what) {
