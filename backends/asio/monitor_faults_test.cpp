@@ -80,6 +80,15 @@ struct moody_workplace {
         t.save(1, 1);
         t.peer.expect<wire::crash_safe>();
     }
+    /// That trainer goes, and then the disk does not take its save.
+    void loses_trainer_and_disk(raw_trainer& t) {
+        save_held_up(t);
+        disk.wait_for_write();
+        t.peer.close();
+        BOOST_TEST_REQUIRE(trainer_is_gone());
+        disk.go_on(ENOSPC);
+        BOOST_TEST_REQUIRE(place.store_is_free());
+    }
     bool trainer_is_gone() {
         return place.becomes([](auto const& s) { return s["stores"].empty() || s["stores"][0]["trainer"] == false; });
     }
@@ -157,12 +166,7 @@ BOOST_AUTO_TEST_CASE(what_was_crash_safe_lingers_though_the_disk_is_full) {
     for (std::size_t images : {0, 2}) {
         moody_workplace w(true, 20s);
         auto t = w.trainer(images);
-        w.save_held_up(t);
-        w.disk.wait_for_write();
-        t.peer.close();
-        BOOST_TEST_REQUIRE(w.trainer_is_gone());
-        w.disk.go_on(ENOSPC);
-        BOOST_TEST_REQUIRE(w.place.store_is_free());
+        w.loses_trainer_and_disk(t);
         BOOST_TEST(!std::filesystem::exists(w.place.file(1)));
         auto const image = fetched(t, w.place.monitor->where());
         BOOST_TEST_REQUIRE(image.has_value());
@@ -190,12 +194,7 @@ BOOST_AUTO_TEST_CASE(what_only_memory_has_lingers_though_there_is_no_more_of_it)
     }
     moody_workplace w(true, 20s, pool_bytes);
     auto t = w.trainer(2);
-    w.save_held_up(t);
-    w.disk.wait_for_write();
-    t.peer.close();
-    BOOST_TEST_REQUIRE(w.trainer_is_gone());
-    w.disk.go_on(ENOSPC);
-    BOOST_TEST_REQUIRE(w.place.store_is_free());
+    w.loses_trainer_and_disk(t);
     auto const image = fetched(t, w.place.monitor->where());
     BOOST_TEST_REQUIRE(image.has_value());
     BOOST_TEST(image->step == 1u);
