@@ -9,6 +9,7 @@
 #include <stdexcept>
 #include <thread>
 
+#include "comes_to.hpp"
 #include "fake_monitors_trainer.hpp"
 
 namespace {
@@ -46,7 +47,7 @@ BOOST_FIXTURE_TEST_CASE(a_monitor_that_dies_fails_what_is_in_flight_and_the_next
     BOOST_TEST(spawned == 0);
     // Every block was on loan: they are there again.
     auto second = t.save(2);
-    for (int i = 0; i < 20'000 && spawned == 0; ++i) std::this_thread::sleep_for(1ms);
+    comes_to([&] { return spawned != 0; }, 20s, 1ms);
     c = monitor.accept();
     auto const again = c->greet();
     BOOST_TEST(spawned == 1);

@@ -5,9 +5,9 @@
 #include <chrono>
 #include <functional>
 #include <future>
-#include <thread>
 #include <utility>
 
+#include "comes_to.hpp"
 #include "device_model.hpp"
 
 namespace varve_test {
@@ -33,7 +33,7 @@ public:
         door_.close();
         varve_test::hold(stream_, door_);
         return std::async(std::launch::async, [this, over = std::move(over)] {
-            for (int i = 0; i < 5000 && !over(); ++i) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+            comes_to(over, std::chrono::seconds(5), std::chrono::milliseconds(1));
             door_.open();
         });
     }

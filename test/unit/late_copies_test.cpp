@@ -224,7 +224,7 @@ BOOST_AUTO_TEST_CASE(no_update_overtakes_what_a_lost_save_still_puts_aside) {
             ck.begin(step);
             // What half of the bytes make is put aside at once, and lost at seal.
             model.step(ck, step, training, true);
-            BOOST_TEST(comes_to([&] { return control->takes != before; }));
+            BOOST_TEST(comes_to([&] { return control->takes != before; }, 20s, 100us));
             BOOST_TEST((ck.seal({{"k", std::string(100'000, 'x')}}, {&training}).durable().wait() == varve::errc::metadata_too_large));
             for (auto const next : {step + 1, step + 2}) model.step(ck, next, training);
             expected.insert(expected.end(), 2, static_cast<int>(step));
@@ -243,7 +243,7 @@ void goes_on_while_it_is_put_aside(Scheduling scheduling) {
     control->taking.close();
     std::atomic<bool> sealed = false, opened = false;
     std::jthread opener([&] {
-        comes_to([&] { return sealed.load(); });
+        comes_to([&] { return sealed.load(); }, 20s, 100us);
         std::this_thread::sleep_for(20ms);
         opened = true;
         control->taking.open();
@@ -274,7 +274,7 @@ BOOST_AUTO_TEST_CASE(a_layerwise_save_is_put_aside_half_way_and_at_its_end) {
         model.update(l, 1, training);
         ck.layer_ready(l, {&training});
         // It is there while the others are still to be updated.
-        if (l == 3) BOOST_TEST(comes_to([&] { return control->takes == 1; }));
+        if (l == 3) BOOST_TEST(comes_to([&] { return control->takes == 1; }, 20s, 100us));
     }
     BOOST_TEST(control->takes == 1);
     BOOST_TEST(!ck.seal({}, {&training}).durable().wait());
