@@ -348,11 +348,13 @@ void core::replicate(std::filesystem::path const& path, wire::hello const& run, 
     if (found.durable_step > 0) newest = {found.durable_step, found.durable_sequence};
     auto& copy = replicas_[path];
     if (copy) copy->cancel();
-    s.after = std::move(copy);
+    auto before = std::move(copy);
     try {
-        copy = std::make_shared<replica>(std::move(s), newest);
+        copy = std::make_shared<replica>(std::move(s), newest, before);
     } catch (...) {
         replicas_.erase(path);
+        // Its thread may wait for the mutex, and is waited for.
+        boost::asio::post(context_, [before = std::move(before)] {});
         throw;
     }
 }

@@ -128,15 +128,21 @@ private:
 
 std::uint64_t const replica::memory_bytes = pieces * (granule_bytes + varve::detail::range_reader::slack_bytes);
 
-replica::replica(replica_settings settings, std::optional<local_checkpoint> newest)
+replica::replica(replica_settings settings, std::optional<local_checkpoint> newest, std::shared_ptr<replica>& before)
     : settings_(std::move(settings)), relay_(settings_.peer, settings_.store.filename().string(), options_of(settings_), true), newest_(newest),
       found_(newest.has_value()), highest_step_(newest ? newest->step : 0) {
     tensors_.layers = settings_.run.layers;
     tensors_.aliases = settings_.run.aliases;
-    thread_ = std::jthread([this] {
-        varve::detail::name_this_thread("varve-replica");
-        run();
-    });
+    before_ = std::move(before);
+    try {
+        thread_ = std::jthread([this] {
+            varve::detail::name_this_thread("varve-replica");
+            run();
+        });
+    } catch (...) {
+        before = std::move(before_);
+        throw;
+    }
 }
 
 replica::~replica() {
@@ -201,7 +207,7 @@ bool replica::is_finished() const noexcept {
 }
 
 void replica::run() noexcept {
-    settings_.after.reset();
+    before_.reset();
     memory_ = settings_.memory();
     std::unique_lock lock(mutex_);
     while (!is_finished()) {

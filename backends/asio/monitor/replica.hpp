@@ -37,8 +37,6 @@ struct replica_settings {
     std::function<std::optional<memory_budget::lease>()> memory;
     std::function<void(std::string const&)> log;
     std::function<void()> ended;  ///< the last call, on its own thread
-    /// The one that this one takes the place of; it has been cancelled.
-    std::shared_ptr<class replica> after;
 };
 
 /// A store's second copy: what its trainer commits here is sent to the peer, another host's monitor, as a trainer of that one.
@@ -50,8 +48,9 @@ class replica {
 public:
     static std::uint64_t const memory_bytes;
 
-    /// `newest`: what stands in the store already.
-    replica(replica_settings settings, std::optional<local_checkpoint> newest);
+    /// `newest`: what stands in the store already. `before`: the one that this one takes the place of, cancelled, or null; its end is
+    /// waited for on this one's thread, and it is left alone where this one cannot be made. Throws error.
+    replica(replica_settings settings, std::optional<local_checkpoint> newest, std::shared_ptr<replica>& before);
     /// Cancels.
     ~replica();
     replica(replica const&) = delete;
@@ -83,6 +82,7 @@ private:
     bool is_finished() const noexcept;
 
     replica_settings settings_;
+    std::shared_ptr<replica> before_;
     state tensors_;
     client::relay relay_;
     bool introduced_ = false;                   ///< its own thread's, like the next two
