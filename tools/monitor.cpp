@@ -177,7 +177,7 @@ int monitor(std::vector<std::string> const& args, std::ostream& out, std::ostrea
     ending_signals signals;
     std::unique_ptr<asio::monitor> serving;
     try {
-        detail::make_folders(std::filesystem::absolute(o.dir).lexically_normal(), system_calls::kernel());
+        detail::make_folders(detail::absolute_folder(o.dir), system_calls::kernel());
         serving = std::make_unique<asio::monitor>(o);
     } catch (error const& e) {
         say_ready(e.what());

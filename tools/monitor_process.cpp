@@ -16,6 +16,7 @@
 
 #include "varve/asio/transport.hpp"
 #include "varve/detail/digest.hpp"
+#include "varve/detail/store_folder.hpp"
 #include "varve/error.hpp"
 
 #include "errors.hpp"
@@ -32,12 +33,6 @@ constexpr std::chrono::seconds end_limit{120};
 constexpr int ready_descriptor = 3;
 
 std::string digest_of(std::string const& text) { return detail::hex(detail::digest(std::as_bytes(std::span(text)))); }
-
-/// Without the slash behind it, which would be a name of its own.
-std::filesystem::path absolute_folder(std::filesystem::path const& folder) {
-    auto const normal = std::filesystem::absolute(folder).lexically_normal();
-    return normal.has_filename() ? normal : normal.parent_path();
-}
 
 /// A folder that is ours alone, for sockets: the user's runtime folder, or one below /tmp.
 std::filesystem::path socket_folder(bool& made_here) {
@@ -79,7 +74,7 @@ class monitor_of_run::impl {
 public:
     impl(settings const& s, std::filesystem::path const& store, std::uint64_t linger_seconds, std::function<void(std::string const&)> say,
          std::string const& name)
-        : linger_seconds_(linger_seconds), say_(std::move(say)), store_(absolute_folder(store)) {
+        : linger_seconds_(linger_seconds), say_(std::move(say)), store_(detail::absolute_folder(store)) {
         use_ = std::make_shared<monitor_use>();
         external_ = !s.run.monitor.empty();
         if (external_) {
@@ -223,7 +218,7 @@ monitor_of_run::~monitor_of_run() { end(); }
 std::string monitor_of_run::name_of_its_own(std::filesystem::path const& store) {
     char host[256] = {};
     ::gethostname(host, sizeof host - 1);
-    auto const folder = absolute_folder(store);
+    auto const folder = detail::absolute_folder(store);
     return folder.filename().string() + "-" + digest_of(std::string(host) + "\n" + folder.string());
 }
 std::shared_ptr<monitor_use const> monitor_of_run::use() const { return impl_->use_; }

@@ -173,23 +173,23 @@ public:
                     candidates = candidates_for(step);
                     continue;
                 }
-                if (!detail::tells_of_the_file(e.code())) throw error(e.code(), e.what() + undefined_if(touched));
+                if (!detail::tells_of_the_file(e.code())) throw error(e.code(), e.what() + detail::undefined_if(touched));
                 std::lock_guard lock(mutex_);
                 broken_.push_back({candidate.name, e.what()});
                 std::erase_if(checkpoints_, [&](auto const& c) { return c.name == candidate.name; });
             }
         }
         if (step)
-            throw error(errc::no_checkpoint, path().string() + ": no whole checkpoint of step " + std::to_string(*step) + undefined_if(touched));
+            throw error(errc::no_checkpoint,
+                        path().string() + ": no whole checkpoint of step " + std::to_string(*step) + detail::undefined_if(touched));
         auto lost = broken();
         if (lost.empty()) return std::nullopt;
-        throw error(errc::no_checkpoint, path().string() + ": no whole checkpoint is left" + undefined_if(touched) + "; last: " + lost.back().why);
+        throw error(errc::no_checkpoint,
+                    path().string() + ": no whole checkpoint is left" + detail::undefined_if(touched) + "; last: " + lost.back().why);
     }
 
 private:
     static constexpr std::size_t most_made_ahead = 1024;  ///< files for checkpoints that are yet to come: K may stand for all of them
-
-    static std::string undefined_if(bool touched) { return touched ? "; the tensors are undefined" : ""; }
 
     std::vector<stored_checkpoint> candidates_for(std::optional<std::uint64_t> step) const {
         auto candidates = checkpoints();

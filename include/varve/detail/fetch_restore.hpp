@@ -34,13 +34,13 @@ std::optional<restored_checkpoint> restore_fetched(Sink& sink, file_format const
             if (s.restored) s.restored();
             return restored_checkpoint{identity.step, identity.sequence, fetched->name, std::move(identity.metadata)};
         } catch (error const& e) {
-            if (!tells_of_the_file(e.code())) throw error(e.code(), e.what() + std::string(touched ? "; the tensors are undefined" : ""));
+            if (!tells_of_the_file(e.code())) throw error(e.code(), e.what() + undefined_if(touched));
             last = e.what();
         }
     }
     if (!step && last.empty()) return std::nullopt;
     throw error(errc::no_checkpoint, (step ? "no whole checkpoint of step " + std::to_string(*step) : std::string("no whole checkpoint is left")) +
-                                         (touched ? "; the tensors are undefined" : "") + (last.empty() ? "" : "; last: " + last));
+                                         undefined_if(touched) + (last.empty() ? "" : "; last: " + last));
 }
 
 }  // namespace varve::detail

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <string>
 #include <utility>
 
 #include "varve/concepts/format.hpp"
@@ -33,5 +34,8 @@ inline checkpoint_identity restore_file(file_format const& format, int fd, state
         throw;
     }
 }
+
+/// The end of a message on what a restore came to.
+inline std::string undefined_if(bool touched) { return touched ? "; the tensors are undefined" : ""; }
 
 }  // namespace varve::detail

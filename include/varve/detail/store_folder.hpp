@@ -103,6 +103,12 @@ inline int fsync_file(system_calls& calls, int fd) noexcept {
     return uninterrupted([&] { return calls.fsync(fd); });
 }
 
+/// A folder's one name: from the root, without dots and without a slash behind it.
+inline std::filesystem::path absolute_folder(std::filesystem::path const& folder) {
+    auto normal = std::filesystem::absolute(folder).lexically_normal();
+    return normal.has_filename() ? normal : normal.parent_path();
+}
+
 /// Makes the folder and those above it; every one that it makes is durable, with its entry in its parent. Throws error.
 inline void make_folders(std::filesystem::path const& p, system_calls& calls) {
     struct stat info{};
@@ -124,8 +130,7 @@ class store_folder {
 public:
     /// Opens or makes it; every folder that it makes is durable, with its entry in its parent. Throws errc::not_a_store
     /// where somebody else's files are, errc::store_locked where another process writes.
-    store_folder(std::filesystem::path const& path, std::string const& made_by, system_calls& calls)
-        : calls_(&calls), path_(std::filesystem::absolute(path).lexically_normal()) {
+    store_folder(std::filesystem::path const& path, std::string const& made_by, system_calls& calls) : calls_(&calls), path_(absolute_folder(path)) {
         make_folders(path_, *calls_);
         folder_ = open_folder(path_);
         auto mark = read_mark(folder_.get(), path_);
@@ -141,8 +146,7 @@ public:
         if (fsync_file(*calls_, mark_.get()) != 0) throw_if(last_system_error(errno), path_.string() + ": cannot make the store's mark durable");
         throw_if(sync(), path_.string() + ": cannot make the store's mark durable");
         // And whoever made the folder before its entry was; a parent that may not be read was there before varve.
-        auto const shown = path_.has_filename() ? path_ : path_.parent_path();
-        if (file_descriptor const parent(calls_->openat(AT_FDCWD, shown.parent_path().c_str(), O_RDONLY | O_DIRECTORY, 0), *calls_); parent)
+        if (file_descriptor const parent(calls_->openat(AT_FDCWD, path_.parent_path().c_str(), O_RDONLY | O_DIRECTORY, 0), *calls_); parent)
             if (fsync_file(*calls_, parent.get()) != 0 && errno != EINVAL && errno != EROFS)  // of those there is none to be synced
                 throw_if(last_system_error(errno), path_.string() + ": cannot make the store's folder durable");
     }
