@@ -1,10 +1,9 @@
-// How fast a checkpoint comes back from the page cache, digests checked and not.
+// How fast a checkpoint comes back from the page cache, digests checked and not, and from the disk, in turns with direct reads of the same file.
 // restore_read [FILE [--keep]]: writes a checkpoint of about 1 GB there (deleted afterwards unless --keep) and restores it into live tensors.
 
 #include <fcntl.h>
 #include <unistd.h>
 #include <algorithm>
-#include <chrono>
 #include <cstdio>
 #include <cstring>
 #include <filesystem>
@@ -14,7 +13,11 @@
 
 #include "varve/format/safetensors.hpp"
 
+#include "timing.hpp"
+
 namespace {
+
+using varve_bench::median;
 
 constexpr std::size_t tensor_count = 64;
 constexpr std::int64_t rows = 2000;
@@ -26,6 +29,29 @@ void write_all(int fd, void const* data, std::size_t size, std::uint64_t offset)
         if (n <= 0) throw std::runtime_error("cannot write");
         done += static_cast<std::size_t>(n);
     }
+}
+
+/// How a plain reader reads a file.
+struct reading {
+    unsigned threads;
+    std::size_t bytes;  ///< at once
+};
+
+void read_directly(std::string const& path, std::uint64_t size_bytes, reading const& how) {
+    varve::file_descriptor const fd(::open(path.c_str(), O_RDONLY | O_DIRECT | O_CLOEXEC), varve::system_calls::kernel());
+    if (!fd) throw std::runtime_error("no direct reads there");
+    varve::detail::for_each_index((size_bytes + how.bytes - 1) / how.bytes, how.threads, [&] {
+        return [&, memory = varve::detail::aligned_buffer(how.bytes)](std::uint64_t i) {
+            if (::pread(fd.get(), memory.data(), how.bytes, static_cast<off_t>(i * how.bytes)) <= 0) throw std::runtime_error("cannot read");
+        };
+    });
+}
+
+template <class Call>
+double seconds_of(Call call) {
+    auto const begin = varve_bench::clock_type::now();
+    call();
+    return varve_bench::ms_since(begin) / 1e3;
 }
 
 }  // namespace
@@ -65,13 +91,8 @@ int main(int argc, char** argv) {
     double const gigabytes = static_cast<double>(img.size_bytes) / 1e9;
     auto measure = [&](char const* what, auto call) {
         std::vector<double> seconds;
-        for (int i = 0; i < 7; ++i) {
-            auto begin = std::chrono::steady_clock::now();
-            call();
-            seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count());
-        }
-        std::sort(seconds.begin(), seconds.end());
-        std::printf("%-44s %6.2f GB/s (median of 7; best %.2f)\n", what, gigabytes / seconds[3], gigabytes / seconds[0]);
+        for (int i = 0; i < 7; ++i) seconds.push_back(seconds_of(call));
+        std::printf("%-44s %6.2f GB/s (median of 7; best %.2f)\n", what, gigabytes / median(seconds), gigabytes / *std::ranges::min_element(seconds));
     };
     unsigned const cores = std::max(1u, std::thread::hardware_concurrency());
     for (unsigned workers : {1u, cores}) {
@@ -81,10 +102,22 @@ int main(int argc, char** argv) {
         measure(label("verify").c_str(), [&] { format.verify(fd, workers); });
     }
     ::fsync(fd);
-    measure("restore, digests checked, cold", [&] {
-        ::posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED);
-        format.restore(fd, state, {cores, true, false, false});
-    });
+    for (auto const& how : {reading{4, 8u << 20}, reading{16, 4u << 20}, reading{16, 8u << 20}}) {
+        auto const cold = [&](auto call) {
+            ::posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED);
+            return seconds_of(call);
+        };
+        std::vector<double> restored, read, ratios;
+        for (int i = 0; i < 9; ++i) {
+            restored.push_back(cold([&] { format.restore(fd, state, {cores, true, false, false}); }));
+            read.push_back(cold([&] { read_directly(path, img.size_bytes, how); }));
+            ratios.push_back(read.back() / restored.back());
+        }
+        std::printf(
+            "restore, digests checked, cold                 %6.2f GB/s: %.2f of direct reads by %u threads, %zu MiB at once (%.2f GB/s; medians of 9 "
+            "in turn)\n",
+            gigabytes / median(restored), median(ratios), how.threads, how.bytes >> 20, gigabytes / median(read));
+    }
     ::close(fd);
     if (!keep) std::filesystem::remove(path);
     return 0;
