@@ -118,6 +118,7 @@ public:
         if (free_.empty()) return {};
         auto index = free_.back();
         free_.pop_back();
+        slots_[index].failed = {};
         return {shared_from_this(), index};
     }
 
@@ -126,6 +127,8 @@ public:
     /// Puts the digest of each chunk of what is in the slot by then to `out`, once the work in `stream` so far is done; they are
     /// there when it returns. One thread's at a time, on this device.
     std::error_code digest(slot const& from, std::span<std::uint64_t> out, cudaStream_t stream) noexcept {
+        // What was not put there is nothing to be read.
+        if (slots_[from.index_].failed) return slots_[from.index_].failed;
         auto* const found = reinterpret_cast<std::uint64_t*>(digests_.data());
         auto failed = code_of(detail::chunk_digests(memory(from), bytes_, found, stream));
         failed = hashed_->mark(stream, failed).wait();
@@ -135,6 +138,13 @@ public:
 
     /// Gathers the layers once the work before the points is done.
     event take(slot const& into, std::span<std::size_t const> layers, std::span<event const> points) noexcept {
+        auto taken = gather_layers(into, layers, points);
+        if (taken.failed()) slots_[into.index_].failed = taken.failed();
+        return taken;
+    }
+
+private:
+    event gather_layers(slot const& into, std::span<std::size_t const> layers, std::span<event const> points) noexcept {
         relaxed_capture relaxed;
         device_scope on(device_);
         auto const& to = slots_[into.index_];
@@ -164,7 +174,6 @@ public:
         return taken_->mark(stream, failed);
     }
 
-private:
     struct place {
         tensor const* source;
         std::uint64_t offset;         ///< in the image's data
@@ -177,6 +186,7 @@ private:
     struct memory_of {
         stream_memory memory;
         page_locked mirror;
+        std::error_code failed{};  ///< why what was last to be put there is not, or not all
     };
 
     static std::string megabytes(std::uint64_t bytes) { return std::to_string(bytes / 1'000'000) + " MB"; }
