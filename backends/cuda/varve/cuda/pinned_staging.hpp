@@ -47,12 +47,13 @@ public:
     /// copy there. `block_bytes` is a multiple of block_unit_bytes. Throws error with the code of CUDA: equal to
     /// std::errc::not_enough_memory where no more can be page-locked, or the current device has no room for a stream.
     pinned_staging(std::size_t pool_bytes, std::size_t block_bytes, pinned_staging_options options = {})
-        : stream_staging(allocate(pool_bytes, block_bytes, options.numa_node), options.snapshots, options.snapshot_share, options.measure_waits) {}
+        : stream_staging(allocate(pool_bytes, block_bytes, options.numa_node), false, options.snapshots, options.snapshot_share,
+                         options.measure_waits) {}
 
     /// Page-locks memory of the caller's, aligned to 4,096 bytes, which `owner` keeps, such as another process's too
     /// (varve::asio::shared_pool); regions are registered one by one. Throws as above.
     pinned_staging(std::span<std::byte> memory, std::size_t block_bytes, std::shared_ptr<void> owner, pinned_staging_options options = {})
-        : stream_staging(lock(memory, block_bytes, std::move(owner)), options.snapshots, options.snapshot_share, options.measure_waits) {}
+        : stream_staging(lock(memory, block_bytes, std::move(owner)), false, options.snapshots, options.snapshot_share, options.measure_waits) {}
 
     using stream_staging::copy;
     token_type copy(buffer_type& into, std::span<copy_range const> ranges, point_type const& after) noexcept {

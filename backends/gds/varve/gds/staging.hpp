@@ -44,7 +44,13 @@ public:
     /// multiple of block_unit_bytes. Throws error with the code of CUDA: equal to std::errc::not_enough_memory where the GPU
     /// has no more.
     staging(std::size_t pool_bytes, std::size_t block_bytes, staging_options options = {})
-        : stream_staging(allocate(pool_bytes, block_bytes), options.snapshots, options.snapshot_share, options.measure_waits),
+        : stream_staging(allocate(pool_bytes, block_bytes), true, options.snapshots, options.snapshot_share, options.measure_waits),
+          own_(std::make_shared<own>(block_bytes)) {}
+
+    /// The same in memory of somebody else's on that GPU, such as what is shared with a monitor: aligned to 4,096 bytes and as
+    /// large as a block at least; `owner` keeps it. Throws error.
+    staging(std::span<std::byte> memory, std::size_t block_bytes, std::shared_ptr<void> owner, staging_options options = {})
+        : stream_staging(cut(memory, block_bytes, std::move(owner)), true, options.snapshots, options.snapshot_share, options.measure_waits),
           own_(std::make_shared<own>(block_bytes)) {}
 
     using stream_staging::copy;
@@ -124,6 +130,13 @@ private:
             throw error(e.code(), "staging pool of " + std::to_string(count * block_bytes) + " bytes: " + e.what() + "; give a smaller pool");
         }
         return std::make_shared<varve::detail::block_pool>(std::move(regions), block_bytes, std::move(memory));
+    }
+
+    static std::shared_ptr<varve::detail::block_pool> cut(std::span<std::byte> memory, std::size_t block_bytes, std::shared_ptr<void> owner) {
+        if (memory.size() < block_bytes || reinterpret_cast<std::uintptr_t>(memory.data()) % 4096 != 0)
+            throw error(std::make_error_code(std::errc::invalid_argument),
+                        "staging pool: memory must be aligned to 4096 and hold at least one block");
+        return std::make_shared<varve::detail::block_pool>(varve::detail::regions_of(memory, block_bytes), block_bytes, std::move(owner));
     }
 
     std::shared_ptr<own> own_;

@@ -128,7 +128,8 @@ public:
         std::error_code failed;
         auto* of = shared_->on(device, failed);
         if (!of) return {nullptr, failed};
-        return of->snapshot_copies.copy(into.data() + buffer_offset_bytes, shared_->room->memory(from) + offset_bytes, size_bytes, taken);
+        return of->snapshot_copies.copy(into.data() + buffer_offset_bytes, shared_->room->memory(from) + offset_bytes, size_bytes, taken,
+                                        shared_->pool_on_gpu);
     }
 
     /// Whether the kernel was compiled in.
@@ -150,9 +151,11 @@ public:
 protected:
     /// Takes the pool, and what belongs to the device at hand, while it has memory; other devices get theirs at their first
     /// use. Throws error.
-    stream_staging(std::shared_ptr<varve::detail::block_pool> pool, std::size_t snapshots, double snapshot_share, bool measure_waits)
+    stream_staging(std::shared_ptr<varve::detail::block_pool> pool, bool pool_on_gpu, std::size_t snapshots, double snapshot_share,
+                   bool measure_waits)
         : shared_(std::make_shared<shared>()) {
         shared_->pool = std::move(pool);
+        shared_->pool_on_gpu = pool_on_gpu;
         shared_->snapshots = snapshots;
         shared_->snapshot_share = snapshot_share;
         shared_->measure_waits = measure_waits;
@@ -193,6 +196,7 @@ private:
 
     struct shared {
         std::shared_ptr<varve::detail::block_pool> pool;
+        bool pool_on_gpu = false;
         std::size_t snapshots = 0;
         double snapshot_share = 0;
         bool measure_waits = false;

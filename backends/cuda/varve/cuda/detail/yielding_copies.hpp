@@ -17,11 +17,11 @@ namespace varve::cuda::detail {
 
 /// Long copies to the host that let others through, such as that of a training's loss: pieces on two streams in turn, each
 /// behind the one before it. A copy engine stays with a stream for as long as that has copies for it, whatever the
-/// priorities; between two pieces it turns to others. Copies within the GPU are cut up as well, which costs them nothing
-/// that a disk would notice. One thread's at a time. Source: bench/README.md, "The copy engine".
+/// priorities; between two pieces it turns to others. Copies within the GPU, which are over in a moment, stay whole. One
+/// thread's at a time. Source: bench/README.md, "The copy engine".
 class yielding_copies {
 public:
-    static constexpr std::size_t piece_bytes = 8u << 20;
+    static constexpr std::size_t to_host_bytes = 8u << 20;  ///< of a piece
 
     /// On the calling thread's device; `events` are for whoever waits for a copy. Throws error.
     explicit yielding_copies(std::shared_ptr<event_pool> events) : events_(std::move(events)) {}
@@ -30,8 +30,9 @@ public:
     ~yielding_copies() { wait(); }
 
     /// Copies once `after` is reached and all copies before it are done.
-    event copy(std::byte* to, std::byte const* from, std::size_t size_bytes, event const& after) noexcept {
+    event copy(std::byte* to, std::byte const* from, std::size_t size_bytes, event const& after, bool within_gpu) noexcept {
         std::error_code failed;
+        auto const piece_bytes = within_gpu ? size_bytes : to_host_bytes;
         for (std::size_t at = 0; at < size_bytes; at += piece_bytes) {
             auto const stream = streams_[++turn_ % streams_.size()].get();
             failed = last_.order(stream);
