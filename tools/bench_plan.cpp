@@ -1,6 +1,8 @@
 #include "bench_plan.hpp"
 
 #include <algorithm>
+#include <cstdint>
+#include <limits>
 #include <sstream>
 
 #include "errors.hpp"
@@ -61,16 +63,17 @@ std::vector<planned_comparison> frequencies(given_settings const& given, std::ve
 
 /// For the methods without a monitor, and for those with one.
 std::string describe_pool(settings const& s) {
-    bool without = false, with = false;
+    bool without = false, with = false, in_gpu = false;
     for (auto const& name : s.run.methods) {
         if (name == "none") continue;
         auto const& m = runnable_method(name);
-        (m.needs_monitor || (m.takes_monitor && s.wants_monitor()) ? with : without) = true;
+        bool const monitored = m.needs_monitor || (m.takes_monitor && s.wants_monitor());
+        (!monitored ? without : name.starts_with("gds+") ? in_gpu : with) = true;
     }
-    auto of = [&](pool_place place) {
+    std::uint64_t const no_limit = std::numeric_limits<std::uint64_t>::max();
+    auto of = [&](pool_place place, std::uint64_t most = usable_memory_bytes() / 4) {
         auto const pool =
             s.run.pool_size_mb ? s.run.pool_size_mb * 1'000'000 : default_pool_bytes(estimated_checkpoint_bytes(s), place, busy_mode(s));
-        auto const most = usable_memory_bytes() / 4;
         auto const taken = std::min(pool, most);
         auto const images = std::max<std::uint64_t>(1, taken / std::max<std::uint64_t>(1, estimated_checkpoint_bytes(s)));
         return gb(double(taken)) + (most < pool ? " (a quarter of the usable memory)" : "") +
@@ -80,7 +83,8 @@ std::string describe_pool(settings const& s) {
     };
     std::string out;
     if (without) out = of(chosen_device(s) == "cuda" ? pool_place::gpu : pool_place::host);
-    if (with) out += (without ? "; " : "") + of(pool_place::monitor) + " with a monitor";
+    if (with) out += (out.empty() ? "" : "; ") + of(pool_place::monitor) + " with a monitor";
+    if (in_gpu) out += (out.empty() ? "" : "; ") + of(pool_place::monitor, no_limit) + " in GPU memory with a monitor";
     return out.empty() ? "none" : out;
 }
 

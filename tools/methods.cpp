@@ -64,7 +64,7 @@ method_entry combination(std::string const& staging, std::string const& scheduli
     // What is asked for by its parts runs as that, or not at all.
     if (e.missing.empty()) e.missing = missing_part(sink, suits);
     e.writes_files = sink != "null" && sink != "memory";
-    e.takes_monitor = e.writes_files && staging != "gds" && VARVE_TOOL_WITH_ASIO;
+    e.takes_monitor = e.writes_files && VARVE_TOOL_WITH_ASIO;
 #if VARVE_TOOL_WITH_TORCH
     e.start = [staging = suits ? std::string() : staging, scheduling, sink](libtorch::training_state& training, method_settings s) {
         return start_combination(training, s, staging, scheduling, sink);

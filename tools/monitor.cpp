@@ -21,6 +21,7 @@
 
 #include "command_line.hpp"
 #include "commands.hpp"
+#include "gpu_reader.hpp"
 #include "machine.hpp"
 #include "monitor_status.hpp"
 #include "signals.hpp"
@@ -112,7 +113,8 @@ std::string help_text() {
            "With --peer every checkpoint that is committed here is sent to a monitor on another host too, and a restart may come from there:\n"
            "what is not here, or newer there, is fetched. Nothing here waits for the peer; one that is slow or away gets the newest when it can.\n"
            "It never holds more memory than --memory-mb (here " +
-           std::to_string(quarter) + " MB unless it is given): a trainer whose pool is larger is refused.";
+           std::to_string(quarter) +
+           " MB unless it is given): a trainer whose pool is larger is refused, or one in a GPU's memory whose blocks on their way are.";
 }
 
 }  // namespace
@@ -159,6 +161,7 @@ int monitor(std::vector<std::string> const& args, std::ostream& out, std::ostrea
     o.memory_limit_bytes = values->count("memory-mb") ? number(*values, "memory-mb", 1'000'000'000) * 1'000'000 : usable_memory_bytes() / 4;
     o.writes_at_once = static_cast<unsigned>(number(*values, "num-threads", 1024));
     o.once = values->count("once") > 0;
+    o.device_memory = gpu_reader();
     o.threads = std::clamp(std::thread::hardware_concurrency(), 2u, 4u);
     std::mutex one_line;
     o.log = [&](std::string const& line) {

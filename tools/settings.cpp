@@ -222,11 +222,20 @@ void check_monitor(settings const& s, settings_command command) {
     if (!VARVE_TOOL_WITH_ASIO)
         throw usage_error(std::string(option) + ": the monitor is not built; install Boost 1.78 or newer and liburing, and build again");
 #if VARVE_TOOL_WITH_ASIO
+    bool over_tcp = false;
     try {
-        if (!s.run.monitor.empty()) asio::parse_address(s.run.monitor);
+        over_tcp = !s.run.monitor.empty() && !asio::parse_address(s.run.monitor).is_unix();
     } catch (error const& e) {
         throw usage_error(std::string("--monitor: ") + e.what());
     }
+    auto const expect_reachable = [&](std::string const& method) {
+        if (over_tcp && method.starts_with("gds+") && method.ends_with("+cufile"))
+            throw usage_error(method + ": a pool in GPU memory is for a monitor on this machine; take pinned for one over TCP");
+    };
+    if (command == settings_command::train)
+        expect_reachable(s.command.method);
+    else
+        std::ranges::for_each(s.run.methods, expect_reachable);
 #endif
     if (command != settings_command::train || s.command.method.empty()) return;
     if (s.command.method != "none" && !runnable_method(s.command.method).takes_monitor)

@@ -31,6 +31,7 @@
 #include "varve/torch/cuda_stream.hpp"
 #endif
 #if VARVE_TOOL_WITH_CUDA && VARVE_TOOL_WITH_GDS
+#include "varve/cuda/shared_memory.hpp"
 #include "varve/gds/sink.hpp"
 #include "varve/gds/staging.hpp"
 #endif
@@ -116,34 +117,67 @@ std::unique_ptr<running_method> start_with(libtorch::training_state& training, m
 }
 
 #if VARVE_TOOL_WITH_ASIO
+/// Memory for the staging's pool that a monitor on this machine has too.
+template <class Staging>
+std::shared_ptr<asio::shared_pool> pool_to_share(std::uint64_t pool_bytes, std::uint64_t block_bytes) {
+#if VARVE_TOOL_WITH_CUDA && VARVE_TOOL_WITH_GDS
+    if constexpr (Staging::memory == memory_kind::device) {
+        auto memory = std::make_shared<cuda::shared_memory>(pool_bytes, block_bytes);
+        std::vector<asio::shared_pool::region> regions;
+        for (auto& r : memory->regions()) regions.push_back({r.memory, std::move(r.descriptor)});
+        auto const device = memory->device();
+        return std::make_shared<asio::shared_pool>(std::move(regions), block_bytes, device, std::move(memory));
+    }
+#endif
+    return std::make_shared<asio::shared_pool>(pool_bytes, block_bytes);
+}
+
+/// The same, though a run of this store that was killed may have its pool in the GPU's memory still: its monitor lets go of that once
+/// all that is crash-safe is committed, and welcomes whoever asks for a checkpoint only then.
+template <class Staging>
+std::shared_ptr<asio::shared_pool> pool_after_last_run(std::uint64_t pool_bytes, std::uint64_t block_bytes, asio::address const& monitor,
+                                                       std::string const& store) {
+    try {
+        return pool_to_share<Staging>(pool_bytes, block_bytes);
+    } catch (error const& e) {
+        if (Staging::memory != memory_kind::device || e.code() != std::errc::not_enough_memory) throw;
+    }
+    try {
+        constexpr std::uint64_t no_step = 0;
+        asio::monitor_sink(monitor, store).fetch(no_step, 0);
+    } catch (error const&) {
+        // To be told by the greeting.
+    }
+    return pool_to_share<Staging>(pool_bytes, block_bytes);
+}
+
 /// The same with a monitor in the store's place. The pool is memory that a monitor on this machine sees too.
 template <class Staging, class Scheduling>
 std::unique_ptr<running_method> start_with_monitor(libtorch::training_state& training, method_settings const& s, Scheduling scheduling,
                                                    method_facts facts, std::size_t writing_at_once) {
     constexpr bool by_layer = Scheduling::copies == copy_moment::at_layer_ready;
-    constexpr bool pinned = Staging::memory == memory_kind::pinned;
+    constexpr bool for_gpu = Staging::memory != memory_kind::host, on_gpu = Staging::memory == memory_kind::device;
+    auto const where = asio::parse_address(s.monitor->address);
     auto const image_bytes = safetensors{}.lay_out(training.state()).size_bytes;
     // Every block from a GPU interrupts a processor and goes through two messages; a small image has eight all the same.
-    auto largest_bytes = std::uint64_t{pinned ? 32u : 8u} << 20;
+    auto largest_bytes = std::uint64_t{for_gpu ? 32u : 8u} << 20;
     if (s.pool_bytes != 0) largest_bytes = std::clamp<std::uint64_t>(s.pool_bytes / 4 / block_unit_bytes * block_unit_bytes, 8u << 20, largest_bytes);
     auto const block_bytes =
         block_bytes_of(s, by_layer, std::clamp<std::uint64_t>(image_bytes / 8 / block_unit_bytes * block_unit_bytes, 8u << 20, largest_bytes));
-    auto const pool_bytes = std::min(wanted_pool_bytes(s, image_bytes, block_bytes, pool_place::monitor), largest_pool_bytes());
-    auto const where = asio::parse_address(s.monitor->address);
+    auto pool_bytes = wanted_pool_bytes(s, image_bytes, block_bytes, pool_place::monitor);
+    if (!on_gpu) pool_bytes = std::min(pool_bytes, largest_pool_bytes());
     asio::monitor_sink_options sink_options;
     sink_options.files = store_options_of(s);
     sink_options.respawn = s.monitor->respawn;
     if (!s.monitor->certificate.empty()) sink_options.tls = asio::load_tls({s.monitor->certificate, s.monitor->key, s.monitor->authority}, false);
-    if (where.is_unix()) sink_options.pool = std::make_shared<asio::shared_pool>(pool_bytes, block_bytes);
+    if (where.is_unix()) sink_options.pool = pool_after_last_run<Staging>(pool_bytes, block_bytes, where, s.monitor->store);
     auto staging = [&] {
         auto const& pool = sink_options.pool;
-#if VARVE_TOOL_WITH_CUDA
-        if constexpr (pinned) {
-            cuda::pinned_staging_options const options{.snapshots = s.snapshots, .measure_waits = s.measure_waits};
-            return pool ? Staging(pool->memory(), block_bytes, pool, options) : Staging(pool_bytes, block_bytes, options);
-        } else
-#endif
-            return pool ? Staging(pool->memory(), block_bytes, pool) : Staging(pool_bytes, block_bytes);
+        if (!pool) return make_staging<Staging>(pool_bytes, block_bytes, s);
+        if constexpr (for_gpu)
+            return Staging(pool->memory(), block_bytes, pool, {.snapshots = s.snapshots, .measure_waits = s.measure_waits});
+        else
+            return Staging(pool->memory(), block_bytes, pool);
     }();
     facts.writing_at_once = 1;  // by the monitor, however many are on their way to it
     facts.digest_workers = digest_workers(s);
@@ -156,28 +190,35 @@ std::unique_ptr<running_method> start_with_monitor(libtorch::training_state& tra
 }
 #endif
 
+template <class Staging>
+std::string name_of_staging() {
+    return Staging::memory == memory_kind::device ? "gds" : Staging::memory == memory_kind::pinned ? "pinned" : "host";
+}
+
+#if VARVE_TOOL_WITH_ASIO
+template <class Staging>
+std::unique_ptr<running_method> start_staging_with_monitor(libtorch::training_state& training, method_settings const& s, std::string_view scheduling,
+                                                           bool all_write) {
+    method_facts facts;
+    facts.combination = name_of_staging<Staging>() + "+" + std::string(scheduling) + "+monitor";
+    auto const n = std::max<std::size_t>(1, s.max_async);
+    if (scheduling == "sync") return start_with_monitor<Staging>(training, s, sync{}, std::move(facts), 1);
+    if (scheduling == "async") return start_with_monitor<Staging>(training, s, async<dynamic>(n), std::move(facts), all_write ? n : 1);
+    return start_with_monitor<Staging>(training, s, layerwise<dynamic>(n), std::move(facts), 1);
+}
+#endif
+
 template <class Staging, class Sink>
 std::unique_ptr<running_method> start_staging(libtorch::training_state& training, method_settings const& s, std::string_view scheduling, Sink sink,
                                               std::string const& sink_name, bool all_write) {
-    method_facts facts;
-    constexpr auto memory = Staging::memory;
-    facts.combination = std::string(memory == memory_kind::device   ? "gds+"
-                                    : memory == memory_kind::pinned ? "pinned+"
-                                                                    : "host+") +
-                        std::string(scheduling) + "+" + sink_name;
-    facts.writer_threads = sink_name == "posix" || sink_name == "cufile" ? std::max(1u, s.num_threads) : 0;
-    auto n = std::max<std::size_t>(1, s.max_async);
 #if VARVE_TOOL_WITH_ASIO
-    if constexpr (file_sink<Sink> && Staging::memory != memory_kind::device) {
-        if (s.monitor) {
-            facts.combination = facts.combination.substr(0, facts.combination.rfind('+')) + "+monitor";
-            facts.writer_threads = 0;
-            if (scheduling == "sync") return start_with_monitor<Staging>(training, s, sync{}, std::move(facts), 1);
-            if (scheduling == "async") return start_with_monitor<Staging>(training, s, async<dynamic>(n), std::move(facts), all_write ? n : 1);
-            return start_with_monitor<Staging>(training, s, layerwise<dynamic>(n), std::move(facts), 1);
-        }
-    }
+    if constexpr (file_sink<Sink>)
+        if (s.monitor) return start_staging_with_monitor<Staging>(training, s, scheduling, all_write);
 #endif
+    method_facts facts;
+    facts.combination = name_of_staging<Staging>() + "+" + std::string(scheduling) + "+" + sink_name;
+    facts.writer_threads = sink_name == "posix" || sink_name == "cufile" ? std::max(1u, s.num_threads) : 0;
+    auto const n = std::max<std::size_t>(1, s.max_async);
     if (scheduling == "sync") return start_with<Staging>(training, s, sync{}, std::move(sink), std::move(facts), 1);
     if (scheduling == "async") return start_with<Staging>(training, s, async<dynamic>(n), std::move(sink), std::move(facts), all_write ? n : 1);
     return start_with<Staging>(training, s, layerwise<dynamic>(n), std::move(sink), std::move(facts), 1);
@@ -235,6 +276,9 @@ std::unique_ptr<running_method> start_combination(libtorch::training_state& trai
                                                   std::string const& scheduling, std::string const& sink) {
 #if VARVE_TOOL_WITH_CUDA && VARVE_TOOL_WITH_GDS
     if (staging == "gds" && sink == "null") return start_staging<gds::staging>(training, s, scheduling, null_sink{}, sink, false);
+#if VARVE_TOOL_WITH_ASIO
+    if (staging == "gds" && s.monitor) return start_staging_with_monitor<gds::staging>(training, s, scheduling, false);
+#endif
     if (staging == "gds") {
         // Asked only now: cuFile's driver and the GPU's context stay with the process that asks.
         if (auto why = gds::sink::available()) throw usage_error("gds+" + scheduling + "+" + sink + ": cuFile does not start here: " + why.message());

@@ -130,7 +130,7 @@ BOOST_AUTO_TEST_CASE(a_peer_that_stalls_holds_up_nothing_and_gets_the_newest_nex
     t.hello.keep = 1;
     t.greet();
     auto const peer = stalls.accept();
-    auto const hello = peer->greet({1, 0, 0, 0, 64u << 10});  // one piece, and no more for now
+    auto const hello = peer->greet({wire::version, 0, 0, 0, 64u << 10});  // one piece, and no more for now
     BOOST_TEST(hello.relayed);
     BOOST_TEST(hello.store == "run");
     saves(t, 1);
@@ -195,7 +195,7 @@ BOOST_AUTO_TEST_CASE(a_peer_that_is_away_is_told_of_once_and_gets_the_newest_whe
 
 BOOST_FIXTURE_TEST_CASE(a_peer_that_dies_in_mid_save_gets_the_whole_of_it_again, played_peer) {
     auto connection = peer.accept();
-    connection->greet({1, 0, 0, 0, 64u << 10});
+    connection->greet({wire::version, 0, 0, 0, 64u << 10});
     saves(t, 1);
     connection->expect<wire::begin>();
     connection->expect<wire::block_data>();
@@ -203,7 +203,7 @@ BOOST_FIXTURE_TEST_CASE(a_peer_that_dies_in_mid_save_gets_the_whole_of_it_again,
     saves(t, 2);
     BOOST_TEST(here.becomes([](auto const& s) { return s["peer"]["stores"][0].value("step", 0) == 2; }));
     connection = peer.accept();
-    auto const hello = connection->greet({1, 0, 0, 0, 1u << 30});
+    auto const hello = connection->greet({wire::version, 0, 0, 0, 1u << 30});
     auto const whole = connection->take_save(hello);
     BOOST_TEST(whole.begin.step == 2u);
     t.set(2);
@@ -216,7 +216,7 @@ BOOST_FIXTURE_TEST_CASE(a_checkpoint_that_broke_on_the_disk_does_not_reach_the_p
     auto const connection = peer.accept();
     saves(t, 1);
     flip_a_byte(here.file(1));
-    auto const hello = connection->greet({1, 0, 0, 0, 1u << 30});
+    auto const hello = connection->greet({wire::version, 0, 0, 0, 1u << 30});
     connection->expect<wire::begin>();
     auto type = connection->next();
     while (type == wire::message::block_data) type = connection->next();
@@ -359,7 +359,7 @@ BOOST_AUTO_TEST_CASE(a_monitor_that_ends_waits_for_its_peer_but_not_for_one_that
         auto t = here.trainer(1);
         t.greet();
         auto const connection = peer.accept();
-        auto const hello = connection->greet({1, 0, 0, 0, 1u << 30});
+        auto const hello = connection->greet({wire::version, 0, 0, 0, 1u << 30});
         saves(t, 3);
         auto const taken = connection->take_save(hello);
         here.monitor->get().stop();
@@ -376,7 +376,7 @@ BOOST_AUTO_TEST_CASE(a_monitor_that_ends_waits_for_its_peer_but_not_for_one_that
         auto t = here.trainer(1);
         t.greet();
         auto const connection = peer.accept();
-        connection->greet({1, 0, 0, 0, 64u << 10});
+        connection->greet({wire::version, 0, 0, 0, 64u << 10});
         saves(t, 3);
         connection->expect<wire::begin>();
         auto const since = std::chrono::steady_clock::now();

@@ -32,6 +32,7 @@ inline wire::hello some_hello() {
     h.fresh = true;
     h.region_bytes = {1u << 30, 4u << 20};
     h.relayed = true;
+    h.device = "0123456789abcdef0123456789abcdef";
     return h;
 }
 

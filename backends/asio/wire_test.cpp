@@ -178,6 +178,13 @@ BOOST_AUTO_TEST_CASE(a_choice_that_nobody_offers_is_refused) {
     BOOST_TEST(says(refusal_of([&] { wire::decode<wire::commit>(pairs); }), "a key twice"));
 }
 
+BOOST_AUTO_TEST_CASE(of_a_hello_of_another_version_the_version_alone_is_read) {
+    auto payload = payload_with(frame_of(some_hello()), 0, 9);
+    payload.resize(payload.size() - 5);
+    BOOST_TEST(wire::decode<wire::hello>(payload).version == 9u);
+    BOOST_TEST(wire::decode<wire::hello>(payload).store.empty());
+}
+
 BOOST_AUTO_TEST_CASE(an_error_keeps_its_code) {
     for (std::error_code code : {make_error_code(varve::errc::store_locked), std::make_error_code(std::errc::no_space_on_device),
                                  std::error_code(5, std::system_category()), std::error_code()}) {

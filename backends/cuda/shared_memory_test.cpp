@@ -70,6 +70,10 @@ public:
         }
         int status = 0;
         ::waitpid(pid_, &status, 0);
+        if (out.memory)
+            BOOST_TEST_REQUIRE((WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL));
+        else
+            BOOST_TEST_REQUIRE((WIFEXITED(status) && WEXITSTATUS(status) == 0), "it could not share its memory");
         return out;
     }
 

@@ -13,22 +13,10 @@ nlohmann::json the_result(std::filesystem::path const& dir) {
     return {};
 }
 
-/// Those of them that can run here.
-std::vector<std::string> runnable(std::vector<std::string> const& methods) {
-    auto const list = "\n" + run_tool({"bench", "--list"}).out;
-    std::vector<std::string> out;
-    for (auto const& m : methods) {
-        auto const at = list.find("\n" + m + " ");
-        if (at != std::string::npos && list.substr(at + 1, list.find('\n', at + 1) - at).find("cannot run here") == std::string::npos)
-            out.push_back(m);
-    }
-    return out;
-}
-
 std::vector<std::string> const documented{"traditional", "traditional-durable", "original", "layerwise"};
 
 /// Losses are those of `none`, step by step, and what is restored into a fresh model ends with the bits of the run.
-void every_method_is_exact(std::vector<std::string> const& methods, std::vector<std::string> const& more) {
+void every_method_is_exact(std::vector<std::string> const& methods, std::vector<std::string> const& more, bool monitored = false) {
     temporary_folder folder;
     auto const r = run_tool(joined(
         joined({"bench", "--device", "cuda", "--output-dir", folder / "results", "--events", folder / "events"}, joined({"--methods"}, methods)),
@@ -42,6 +30,7 @@ void every_method_is_exact(std::vector<std::string> const& methods, std::vector<
         if (key == "No Checkpoint") continue;
         BOOST_TEST(result.at("/restore/bit_exact"_json_pointer).get<bool>(), key);
         BOOST_TEST(result.at("failed") == 0, key);
+        if (monitored) BOOST_TEST(result.value("crash_safe", 0) > 0, key);
         BOOST_TEST(result.at("/memory/peak_gpu_gb"_json_pointer).get<double>() > 0, key);
     }
     BOOST_TEST(losses_in(folder / "events").size() == 40u);
@@ -67,6 +56,14 @@ BOOST_AUTO_TEST_CASE(on_a_gpu_through_a_monitor_that_has_its_pool_page_locked_to
     if (methods.empty()) return skip("the monitor is not built");
     every_method_is_exact(methods, tiny_model({"--checkpoint-freq", "3"}));
     every_method_is_exact(methods, tiny_model({"--checkpoint-freq", "1", "--when-busy", "replace"}));
+}
+
+BOOST_AUTO_TEST_CASE(on_a_gpu_through_a_monitor_with_a_pool_in_the_gpus_memory_too) {
+    if (!have_tool_gpu()) return;
+    auto const methods = runnable({"gds+sync+cufile", "gds+async+cufile", "gds+layerwise+cufile"});
+    if (methods.empty() || runnable({"layerwise-monitor"}).empty()) return skip("cuFile or the monitor is not built");
+    every_method_is_exact(methods, tiny_model({"--checkpoint-freq", "3", "--use-monitor"}), true);
+    every_method_is_exact(methods, tiny_model({"--checkpoint-freq", "1", "--when-busy", "replace", "--use-monitor"}), true);
 }
 
 BOOST_AUTO_TEST_CASE(on_a_gpu_without_snapshots_and_with_a_pool_that_is_smaller_than_a_checkpoint_too) {

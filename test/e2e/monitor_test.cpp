@@ -61,6 +61,28 @@ void kill_and_go_on(workplace& w, int rounds, std::vector<std::string> const& ov
     same_bits(w, "whole", "killed");
 }
 
+/// A run is killed, and the next one finds its newest checkpoint in its monitor's memory.
+void goes_on_from_memory(std::string const& method) {
+    if (!have_monitor()) return;
+    workplace w;
+    w.method = method;
+    std::uint64_t promised = 0;
+    {
+        running_tool run(w.train("run", 1'000'000, {"--use-monitor", "--linger", "20"}));
+        BOOST_TEST_REQUIRE(w.comes("run", "crash_safe", 0, 3));
+        run.signal(SIGKILL);
+        run.wait();
+        promised = largest(w.steps("run", "crash_safe"));
+    }
+    BOOST_TEST(w.monitors().size() == 1u);
+    auto const r = run_tool(w.train("run", promised + 5, {"--use-monitor"}));
+    BOOST_TEST(r.code == 0, r.err);
+    BOOST_TEST(r.err.find("the monitor's memory") != std::string::npos, r.err);
+    BOOST_TEST(largest(w.steps("run", "restored")) >= promised);
+    BOOST_TEST(w.no_monitor_within(20s));
+    BOOST_TEST(fs::is_empty(w.folder.path() / "sockets"));
+}
+
 }  // namespace
 
 BOOST_AUTO_TEST_CASE(a_run_through_a_monitor_ends_with_the_bits_of_one_without) {
@@ -103,24 +125,21 @@ BOOST_AUTO_TEST_CASE(kills_of_trainer_and_monitor_lose_nothing_over_tcp) {
     BOOST_TEST(ended.code == 0, ended.err);
 }
 
-BOOST_AUTO_TEST_CASE(a_killed_run_goes_on_from_the_memory_of_its_lingering_monitor) {
-    if (!have_monitor()) return;
+BOOST_AUTO_TEST_CASE(kills_of_trainer_and_monitor_lose_nothing_of_a_pool_in_gpu_memory) {
+    if (!have_tool_gpu() || !have_monitor()) return;
     workplace w;
-    std::uint64_t promised = 0;
-    {
-        running_tool run(w.train("run", 1'000'000, {"--use-monitor", "--linger", "20"}));
-        BOOST_TEST_REQUIRE(w.comes("run", "crash_safe", 0, 3));
-        run.signal(SIGKILL);
-        run.wait();
-        promised = largest(w.steps("run", "crash_safe"));
-    }
-    BOOST_TEST(w.monitors().size() == 1u);
-    auto const r = run_tool(w.train("run", promised + 5, {"--use-monitor"}));
-    BOOST_TEST(r.code == 0, r.err);
-    BOOST_TEST(r.err.find("the monitor's memory") != std::string::npos, r.err);
-    BOOST_TEST(largest(w.steps("run", "restored")) >= promised);
+    w.method = "gds+layerwise+cufile";
+    if (runnable({w.method}).empty()) return skip("cuFile is not built");
+    kill_and_go_on(w, full() ? 40 : 10, {"--use-monitor", "--linger", "1"}, [] {});
     BOOST_TEST(w.no_monitor_within(20s));
     BOOST_TEST(fs::is_empty(w.folder.path() / "sockets"));
+}
+
+BOOST_AUTO_TEST_CASE(a_killed_run_goes_on_from_the_memory_of_its_lingering_monitor) { goes_on_from_memory("layerwise"); }
+BOOST_AUTO_TEST_CASE(a_run_whose_pool_was_in_gpu_memory_goes_on_from_there_too) {
+    if (!have_tool_gpu()) return;
+    if (runnable({"gds+async+cufile"}).empty()) return skip("cuFile is not built");
+    goes_on_from_memory("gds+async+cufile");
 }
 
 BOOST_AUTO_TEST_CASE(a_trainer_whose_monitor_dies_says_so_and_which_one_serves_now) {

@@ -42,7 +42,7 @@ struct workplace {
     }
 
     std::vector<std::string> train(std::string const& store, std::uint64_t steps, std::vector<std::string> const& more) const {
-        return every_step_run(folder / store, folder / (store + ".events"), steps, more);
+        return every_step_run(folder / store, folder / (store + ".events"), steps, more, method);
     }
 
     /// Processes `varve monitor` that have to do with this folder.
@@ -76,6 +76,7 @@ struct workplace {
     }
 
     temporary_folder folder;
+    std::string method = "layerwise";
 };
 
 inline void trains(std::vector<std::string> const& args) {

@@ -184,11 +184,22 @@ std::vector<std::string> tiny_model(std::vector<std::string> const& more) {
 }
 
 std::vector<std::string> every_step_run(std::string const& store, std::string const& events, std::uint64_t steps,
-                                        std::vector<std::string> const& more) {
-    std::vector<std::string> const run{"train", "--method", "layerwise", "--dir", store, "--events", events, "--num-steps", std::to_string(steps)};
+                                        std::vector<std::string> const& more, std::string const& method) {
+    std::vector<std::string> const run{"train", "--method", method, "--dir", store, "--events", events, "--num-steps", std::to_string(steps)};
     std::vector<std::string> const model{"--d-model", "32", "--num-layers", "2", "--nhead", "4", "--vocab-size", "2000", "--dim-feedforward", "64"};
     std::vector<std::string> const data{"--num-samples", "64", "--seq-len", "16", "--batch-size", "2", "--checkpoint-freq", "1"};
     return joined(joined(joined(run, model), data), more);
+}
+
+std::vector<std::string> runnable(std::vector<std::string> const& methods) {
+    auto const list = "\n" + run_tool({"bench", "--list"}).out;
+    std::vector<std::string> out;
+    for (auto const& m : methods) {
+        auto const at = list.find("\n" + m + " ");
+        if (at != std::string::npos && list.substr(at + 1, list.find('\n', at + 1) - at).find("cannot run here") == std::string::npos)
+            out.push_back(m);
+    }
+    return out;
 }
 
 bool has_update(std::string const& name) { return run_tool({"bench", "--dry-run", "--device", "cpu", "--update", name}).code == 0; }

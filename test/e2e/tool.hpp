@@ -86,9 +86,11 @@ std::string newest_file(std::filesystem::path const& store);
 
 /// Options of a model that trains a step in a few hundredths of a second, with more behind them.
 std::vector<std::string> tiny_model(std::vector<std::string> const& more = {});
-/// Trains, and saves layerwise in every step, a model whose step takes a few milliseconds.
+/// Trains, and saves in every step, a model whose step takes a few milliseconds.
 std::vector<std::string> every_step_run(std::string const& store, std::string const& events, std::uint64_t steps,
-                                        std::vector<std::string> const& more);
+                                        std::vector<std::string> const& more, std::string const& method = "layerwise");
+/// Those of the methods that can run here.
+std::vector<std::string> runnable(std::vector<std::string> const& methods);
 std::vector<std::string> joined(std::vector<std::string> first, std::vector<std::string> const& second);
 
 /// Whether the tool's LibTorch has that update on a CPU.

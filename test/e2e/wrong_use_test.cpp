@@ -51,6 +51,7 @@ BOOST_AUTO_TEST_CASE(wrong_options_get_one_line_that_says_what_to_do) {
 BOOST_AUTO_TEST_CASE(a_monitor_that_makes_no_sense_is_refused) {
     if (!has_monitor()) return skip("the monitor is not built");
     refused({"bench", "--monitor", "nowhere"}, "--monitor");
+    refused({"bench", "--methods", "gds+async+cufile", "--monitor", "tcp:127.0.0.1:7000"}, "take pinned");
     refused({"monitor"}, "--dir");
     refused({"monitor", "--dir", "/tmp/x"}, "--unix PATH or --tcp HOST:PORT");
     refused({"monitor", "--dir", "/tmp/x", "--tcp", "0.0.0.0:0"}, "--cert");

@@ -55,6 +55,8 @@ int relay::register_memory(std::span<std::byte> region) {
 }
 
 void relay::introduce(relayed_run const& run) {
+    if (run.memory == memory_kind::device && !by_reference_)
+        throw error(errc::unsupported, "GPU memory goes to a monitor through a pool that both have alone, on this host");
     std::lock_guard connecting(connecting_);
     hello_.store = store_;
     hello_.relayed = for_monitor_;
@@ -73,8 +75,10 @@ void relay::introduce(relayed_run const& run) {
     hello_.fresh = options_.files.fresh;
     hello_.overwrite = options_.files.overwrite;
     hello_.wait_until_prepared = options_.files.wait_until_prepared;
-    if (by_reference_)
+    if (by_reference_) {
+        hello_.device = options_.pool->device();
         for (auto const& r : options_.pool->regions()) hello_.region_bytes.push_back(r.memory.size());
+    }
     install(greet_first());
     runner_ = std::jthread([this](std::stop_token stop) {
         varve::detail::name_this_thread("varve-relay");
@@ -130,7 +134,14 @@ std::shared_ptr<session> relay::greet(std::unique_ptr<dialogue> open) {
             settings.regions.push_back(r.memory.data());
         }
     open->send(hello_, clock::now() + options_.connect_limit, std::move(descriptors));
-    auto const greeting = open->expect<wire::welcome>(until);
+    auto const greeting = [&] {
+        try {
+            return open->expect<wire::welcome>(until);
+        } catch (error const& e) {
+            if (e.code() != errc::malformed) throw;
+            throw error(e.code(), std::string(e.what()) + "; is the monitor of another version of varve?");
+        }
+    }();
     if (greeting.version != wire::version)
         throw error(errc::unsupported, "the monitor at " + where_.text() + " speaks version " + std::to_string(greeting.version) +
                                            " of the protocol, not " + std::to_string(wire::version));
@@ -298,10 +309,13 @@ void relay::receive_image(dialogue& from, wire::image const& about, int into) {
 }
 
 std::string relay::describe() const {
-    return "monitor at " + where_.text() +
-           (by_reference_ ? ", blocks by reference: " + std::to_string(options_.pool->regions().size()) + " regions of shared memory"
-                          : ", blocks are sent") +
-           (options_.tls ? ", TLS" : "");
+    auto text = "monitor at " + where_.text();
+    if (by_reference_)
+        text += ", blocks by reference: " + std::to_string(options_.pool->regions().size()) + " regions of " +
+                (options_.pool->device().empty() ? "shared memory" : "GPU memory");
+    else
+        text += ", blocks are sent";
+    return text + (options_.tls ? ", TLS" : "");
 }
 
 }  // namespace varve::asio::client

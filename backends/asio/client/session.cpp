@@ -112,8 +112,8 @@ void session::write(std::uint64_t id, std::uint64_t offset_bytes, block const& b
         bool const in_pool = b.slot >= 0 && static_cast<std::size_t>(b.slot) < settings_.regions.size();
         if (kept && in_pool)
             failed = lend(id, offset_bytes, b, std::move(kept));
-        else if (!settings_.regions.empty())
-            failed = errc::unsupported;  // the monitor reads the pool's blocks later, and no others
+        else if (!settings_.regions.empty() || b.memory == memory_kind::device)
+            failed = errc::unsupported;  // the monitor reads the pool's blocks later, and no others; nor are a GPU's sent
         else if (send(id, offset_bytes, b, done, std::move(kept)))
             return;
         else

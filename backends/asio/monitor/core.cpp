@@ -211,9 +211,7 @@ void core::wait_for_store(std::filesystem::path const& path, bool busy, wire::he
 /// With the mutex held.
 void core::attach_trainer(std::filesystem::path const& path, wire::hello hello, std::vector<file_descriptor> descriptors, attached call) {
     auto lease = take_memory(path, hello);
-    std::vector<shared_region> regions;
-    regions.reserve(descriptors.size());
-    for (std::size_t i = 0; i < descriptors.size(); ++i) regions.emplace_back(std::move(descriptors[i]), hello.region_bytes[i]);
+    auto pool = pool_of(hello, std::move(descriptors));
 
     // The store is in the map before anything of its thread is carried out here, in its order.
     auto in_map = [self = weak_from_this(), path](auto then) {
@@ -264,11 +262,23 @@ void core::attach_trainer(std::filesystem::path const& path, wire::hello hello, 
     hooks.log = [self = weak_from_this()](std::string const& line) {
         if (auto core = self.lock()) core->log(line);
     };
-    auto store = std::make_shared<held_store>(path, std::move(hello), std::move(regions), std::move(lease), options_.writes_at_once, *options_.calls,
+    auto store = std::make_shared<held_store>(path, std::move(hello), std::move(pool), std::move(lease), options_.writes_at_once, *options_.calls,
                                               std::move(hooks));
     stores_.emplace(path, std::move(store));
     had_trainer_ = true;
     first_trainer_.cancel();
+}
+
+trainer_pool core::pool_of(wire::hello const& hello, std::vector<file_descriptor> descriptors) const {
+    if (!hello.device.empty()) {
+        if (!options_.device_memory)
+            throw error(errc::unsupported, "this monitor has no way to a GPU's memory; take one that was built with CUDA, or pinned staging");
+        return {std::move(descriptors), hello.region_bytes, static_cast<std::size_t>(hello.block_bytes), hello.device, options_.device_memory};
+    }
+    std::vector<shared_region> regions;
+    regions.reserve(descriptors.size());
+    for (std::size_t i = 0; i < descriptors.size(); ++i) regions.emplace_back(std::move(descriptors[i]), hello.region_bytes[i]);
+    return trainer_pool(std::move(regions));
 }
 
 memory_budget::lease core::lend_for_greeting(std::uint64_t bytes) {
@@ -283,20 +293,26 @@ memory_budget::lease core::lend_for_greeting(std::uint64_t bytes) {
 memory_budget::lease core::take_memory(std::filesystem::path const& path, wire::hello const& hello) {
     std::uint64_t least = 0, most = 0;
     for (auto bytes : hello.region_bytes) least += bytes;
-    most = least;
+    bool const on_device = !hello.device.empty();
+    if (on_device) least = held_store::device_places_bytes(hello);
+    // What keeps the newest of a GPU's pool in host memory may be had later too, or not at all.
+    most = on_device ? held_store::device_bytes(hello) : least;
     if (hello.region_bytes.empty()) {
         most = held_store::wanted_bytes(hello);
         least = std::min<std::uint64_t>(most, 2 * hello.block_bytes);
     }
     // Blocks that come as payload may have less; what sends copies to the peer has its memory beside them.
     auto const beside = options_.peer && !hello.relayed ? replica::memory_bytes : 0;
-    lingering_.make_room(path, most + beside);
+    lingering_.make_room(path, (on_device ? least : most) + beside);
     auto const free = budget_.free_bytes();
     auto lease = budget_.take(std::clamp(free - std::min(beside, free), least, most));
     if (!lease)
         throw error(std::make_error_code(std::errc::not_enough_memory),
-                    "the trainer's pool of " + megabytes(least) + " is more than the monitor may hold: " + megabytes(budget_.limit_bytes()) +
-                        ", of which " + megabytes(budget_.used_bytes()) + " are in use; raise --memory-mb or take a smaller pool");
+                    (on_device ? "blocks on their way out of the trainer's GPU take " : "the trainer's pool of ") + megabytes(least) +
+                        (on_device ? ", " : " is ") + "more than the monitor may hold: " + megabytes(budget_.limit_bytes()) + ", of which " +
+                        megabytes(budget_.used_bytes()) + " are in use; raise --memory-mb or take a smaller pool");
+    // Half an image is of no use.
+    if (on_device && lease->bytes() < most) lease->shrink(least);
     return std::move(*lease);
 }
 

@@ -92,6 +92,7 @@ private:
     void wait_for_store(std::filesystem::path const& path, bool busy, wire::hello hello, std::vector<file_descriptor> regions, bool over_network,
                         attached call);
     void attach_trainer(std::filesystem::path const& path, wire::hello hello, std::vector<file_descriptor> regions, attached call);
+    trainer_pool pool_of(wire::hello const& hello, std::vector<file_descriptor> descriptors) const;
     memory_budget::lease take_memory(std::filesystem::path const& path, wire::hello const& hello);
     void store_opened(std::filesystem::path const& path, std::shared_ptr<held_store> const& store, opened_store const& found, bool fresh,
                       attached const& call);

@@ -27,7 +27,7 @@ struct held_block {
     held_save* save = nullptr;
     std::uint64_t offset_bytes = 0;
     std::size_t size_bytes = 0;
-    std::byte* data = nullptr;
+    std::byte* data = nullptr;  ///< null while it is in a GPU's memory alone
     std::uint32_t region = 0;
     std::uint64_t region_offset = 0;
     std::shared_ptr<varve::detail::aligned_bytes> own;  ///< of a block that came as payload

@@ -56,16 +56,20 @@ void held_store::expect_sense(wire::hello const& m) {
     if (data != m.image_bytes - m.header_bytes) refuse("the image is not as large as its tensors");
     for (auto bytes : m.region_bytes)
         if (bytes == 0 || bytes > wire::most_region_bytes) refuse("a region of " + std::to_string(bytes) + " bytes");
+    if (!m.device.empty() && m.region_bytes.empty()) refuse("a GPU, and no region of its memory");
 }
 
 std::uint64_t held_store::wanted_bytes(wire::hello const& m) {
     return (m.in_flight + std::uint64_t{2}) * std::max<std::uint64_t>(m.image_bytes, m.block_bytes);
 }
 
-held_store::held_store(std::filesystem::path path, wire::hello hello, std::vector<shared_region> regions, memory_budget::lease lease,
-                       unsigned writes_at_once, system_calls& calls, store_hooks hooks)
-    : path_(std::move(path)), hello_(std::move(hello)), by_reference_(!regions.empty()), writes_at_once_(writes_at_once), calls_(calls),
-      layout_(state_of(hello_)), format_(metadata_room(hello_, layout_)), image_(format_.lay_out(layout_)), regions_(std::move(regions)),
+std::uint64_t held_store::device_places_bytes(wire::hello const& m) { return trainer_pool::places * m.block_bytes; }
+std::uint64_t held_store::device_bytes(wire::hello const& m) { return device_places_bytes(m) + m.image_bytes; }
+
+held_store::held_store(std::filesystem::path path, wire::hello hello, trainer_pool pool, memory_budget::lease lease, unsigned writes_at_once,
+                       system_calls& calls, store_hooks hooks)
+    : path_(std::move(path)), hello_(std::move(hello)), by_reference_(!pool.empty()), writes_at_once_(writes_at_once), calls_(calls),
+      layout_(state_of(hello_)), format_(metadata_room(hello_, layout_)), image_(format_.lay_out(layout_)), pool_(std::move(pool)),
       lease_(std::move(lease)), hooks_(std::move(hooks)) {
     if (image_.header_bytes != hello_.header_bytes || image_.size_bytes != hello_.image_bytes)
         throw error(errc::mismatch, "the trainer lays its checkpoints out in another way than this monitor: they are of different versions of varve");
@@ -73,7 +77,10 @@ held_store::held_store(std::filesystem::path path, wire::hello hello, std::vecto
     std::uint64_t const images = hello_.busy == when_busy::replace ? 3 : 2;
     if (by_reference_) {
         std::uint64_t blocks = 0;
-        for (auto const& r : regions_) blocks += r.bytes().size() / hello_.block_bytes;
+        for (std::size_t i = 0; i < pool_.count(); ++i) {
+            blocks += pool_.size_bytes(i) / hello_.block_bytes;
+            pool_bytes_ += pool_.size_bytes(i);
+        }
         auto const per_image = (image_.size_bytes + hello_.block_bytes - 1) / hello_.block_bytes - image_.header_bytes / hello_.block_bytes;
         keeps_newest_ = blocks >= images * per_image;
     } else {
@@ -140,8 +147,7 @@ held_block& held_store::add_block(held_save& s, std::uint64_t offset, std::size_
 void held_store::take(wire::block_ref const& m) {
     std::lock_guard lock(mutex_);
     if (!by_reference_) refuse("a block by reference, and no pool");
-    if (m.region >= regions_.size() || m.region_offset > regions_[m.region].bytes().size() ||
-        m.size > regions_[m.region].bytes().size() - m.region_offset)
+    if (m.region >= pool_.count() || m.region_offset > pool_.size_bytes(m.region) || m.size > pool_.size_bytes(m.region) - m.region_offset)
         refuse("a block outside of the pool");
     if (on_loan_.contains({m.region, m.region_offset})) refuse("a block of the pool that is the monitor's already");
     auto const s = find(m.save, "a block");
@@ -149,7 +155,7 @@ void held_store::take(wire::block_ref const& m) {
     auto& b = add_block(*s, m.image_offset, m.size);
     b.region = m.region;
     b.region_offset = m.region_offset;
-    b.data = regions_[m.region].bytes().data() + m.region_offset;
+    if (!pool_.on_device()) b.data = pool_.address(m.region, m.region_offset);
     on_loan_.insert({m.region, m.region_offset});
     ++s->arrived;
     work_.notify_one();
@@ -365,7 +371,8 @@ void held_store::describe(nlohmann::json& out) const {
     std::lock_guard lock(mutex_);
     auto const in_flight = std::count_if(saves_.begin(), saves_.end(),
                                          [](auto const& s) { return s->phase == save_phase::receiving || s->phase == save_phase::crash_safe; });
-    out["pool_bytes"] = lease_.bytes();
+    out["pool_bytes"] = pool_bytes_ > 0 ? pool_bytes_ : lease_.bytes();
+    if (!hello_.device.empty()) out["device"] = hello_.device;
     out["held_bytes"] = held_bytes();
     out["in_flight"] = in_flight;
     out["keeps_newest"] = keeps_newest_;

@@ -28,7 +28,7 @@
 #include "held_save.hpp"
 #include "kept_image.hpp"
 #include "memory_budget.hpp"
-#include "shared_region.hpp"
+#include "trainer_pool.hpp"
 
 namespace varve::asio::server {
 
@@ -61,8 +61,8 @@ struct store_hooks {
 /// sends, which ends that trainer's connection and nothing else.
 class held_store {
 public:
-    /// Takes over the regions and the lease on the memory; opens the store on its own thread.
-    held_store(std::filesystem::path path, wire::hello hello, std::vector<shared_region> regions, memory_budget::lease lease, unsigned writes_at_once,
+    /// Takes over the pool and the lease on the memory; opens the store on its own thread.
+    held_store(std::filesystem::path path, wire::hello hello, trainer_pool pool, memory_budget::lease lease, unsigned writes_at_once,
                system_calls& calls, store_hooks hooks);
     /// As if the trainer had gone; waits for what is crash-safe. Not on its own thread.
     ~held_store();
@@ -99,6 +99,10 @@ public:
 
     /// Memory of its own that a trainer without a pool gets for its blocks: enough to keep `in_flight` images and one more.
     static std::uint64_t wanted_bytes(wire::hello const& m);
+    /// Host memory for a trainer whose pool is in a GPU's: for blocks on their way to the disk; and, with that, to keep its newest
+    /// checkpoint in.
+    static std::uint64_t device_places_bytes(wire::hello const& m);
+    static std::uint64_t device_bytes(wire::hello const& m);
     /// Throws error for a HELLO that makes no sense.
     static void expect_sense(wire::hello const& m);
 
@@ -128,7 +132,10 @@ private:
     void finish(std::unique_lock<std::mutex>& lock);
     void discard(std::unique_lock<std::mutex>& lock);
     std::error_code write_and_commit(held_save& s, std::string& why);
-    void hash(held_save& s, held_block const& b) const;
+    void hash(held_save& s, held_block const& b, std::byte const* data) const;
+    bool may_submit(held_save const& s) const noexcept;
+    std::error_code bring_to_host(held_block& b);
+    void leave_place(held_block& b);
     static void block_written(void* context, std::error_code ec) noexcept;
     std::unique_ptr<kept_image> keep_in_memory(held_save& s);
     void hash_loop(std::stop_token stop);
@@ -141,13 +148,13 @@ private:
     state layout_;
     safetensors format_;
     image image_;
-    std::vector<shared_region> regions_;
+    trainer_pool pool_;
+    std::uint64_t pool_bytes_ = 0;  ///< of a pool by reference
     memory_budget::lease lease_;
     store_hooks hooks_;
     bool keeps_newest_ = false;
 
     std::unique_ptr<file_writer> writer_;
-    std::vector<int> slots_;  ///< of the regions
     std::optional<varve::store> files_;
 
     mutable std::mutex mutex_;

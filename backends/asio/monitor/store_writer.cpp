@@ -58,19 +58,24 @@ void held_store::open() {
     options.calls = &calls_;
     if (!hello_.made_by.empty()) options.made_by = hello_.made_by;
     writer_ = make_file_writer(writes_at_once_, calls_);
-    for (auto const& r : regions_) slots_.push_back(writer_->register_memory(r.bytes()));
+    pool_.open(*writer_);
     files_.emplace(path_, format_, layout_, image_.size_bytes, std::move(options));
 }
 
 void held_store::run() {
+    std::optional<error> refused;
     try {
         open();
     } catch (error const& e) {
-        hooks_.not_opened(e);
-        return;
+        refused = e;
     } catch (std::exception const& e) {
-        hooks_.not_opened(error(std::make_error_code(std::errc::not_enough_memory), std::string("cannot open the store: ") + e.what()));
-        return;
+        refused.emplace(std::make_error_code(std::errc::not_enough_memory), std::string("cannot open the store: ") + e.what());
+    }
+    if (refused) {
+        // What reads a GPU ends on its own thread.
+        writer_.reset();
+        pool_ = {};
+        return hooks_.not_opened(*refused);
     }
     std::unique_lock lock(mutex_);
     open_ = true;
@@ -111,7 +116,7 @@ void held_store::run() {
     lock.unlock();
     files_.reset();  // and with it the lock
     writer_.reset();
-    regions_.clear();
+    pool_ = {};
     lock.lock();
     lease_ = {};
     lock.unlock();
@@ -136,7 +141,7 @@ bool held_store::work_on_current(std::unique_lock<std::mutex>& lock) {
         discard(lock);
         return true;
     }
-    if (s.submitted < s.arrived && s.in_flight < writer_->queue_depth()) {
+    if (may_submit(s)) {
         submit_next(lock);
         return true;
     }
@@ -162,27 +167,49 @@ void held_store::start_writing(save_ptr const& s, std::unique_lock<std::mutex>& 
     if (failed) not_written(*s, failed, std::move(why));
 }
 
+bool held_store::may_submit(held_save const& s) const noexcept {
+    return s.submitted < s.arrived && s.in_flight < writer_->queue_depth() && (!pool_.on_device() || pool_.has_place());
+}
+
 void held_store::submit_next(std::unique_lock<std::mutex>& lock) {
     auto& s = *current_;
     auto& b = s.blocks[s.submitted++];
     if (s.in_flight++ == 0) writing_since_ = std::chrono::steady_clock::now();
     b.users += by_reference_ ? 2 : 1;
-    int const slot = by_reference_ ? slots_[b.region] : unregistered;
+    int const slot = by_reference_ ? pool_.slot(b.region) : unregistered;
+    if (pool_.on_device()) b.data = pool_.take_place();
     lock.unlock();
-    s.target->write(b.offset_bytes, {b.data, b.size_bytes, memory_kind::host, slot}, {&held_store::block_written, &b});
-    if (by_reference_) hash(s, b);
+    auto const failed = pool_.on_device() ? bring_to_host(b) : std::error_code();
+    if (failed) {
+        block_written(&b, failed);
+    } else {
+        s.target->write(b.offset_bytes, {b.data, b.size_bytes, memory_kind::host, slot}, {&held_store::block_written, &b});
+        if (by_reference_) hash(s, b, b.data);
+    }
     lock.lock();
     if (!by_reference_) return;
     --b.users;
-    b.hashed = true;
-    ++s.hashed;
+    leave_place(b);
+    if (!failed) {
+        b.hashed = true;
+        ++s.hashed;
+    }
     free_if_it_may_go(s, b);
     tell_if_over(s);
 }
 
+/// Without the lock.
+std::error_code held_store::bring_to_host(held_block& b) { return pool_.read(b.region, b.region_offset, {b.data, b.size_bytes}); }
+
+/// A block of a GPU's pool that nothing here reads any more is in that pool alone again. With the mutex held.
+void held_store::leave_place(held_block& b) {
+    if (!pool_.on_device() || b.users > 0) return;
+    pool_.put_place(std::exchange(b.data, nullptr));
+}
+
 /// With no lock held: the digests of different blocks are different words.
-void held_store::hash(held_save& s, held_block const& b) const {
-    varve::detail::chunk_digests({b.data, b.size_bytes}, std::span(s.digests).subspan((b.offset_bytes - image_.header_bytes) / digest_chunk_bytes));
+void held_store::hash(held_save& s, held_block const& b, std::byte const* data) const {
+    varve::detail::chunk_digests({data, b.size_bytes}, std::span(s.digests).subspan((b.offset_bytes - image_.header_bytes) / digest_chunk_bytes));
 }
 
 void held_store::block_written(void* context, std::error_code ec) noexcept {
@@ -192,6 +219,7 @@ void held_store::block_written(void* context, std::error_code ec) noexcept {
     std::lock_guard lock(self.mutex_);
     if (--s.in_flight == 0) self.counts_.writing += std::chrono::steady_clock::now() - self.writing_since_;
     --b.users;
+    self.leave_place(b);
     if (ec) {
         self.not_written(s, ec, "cannot write the save of step " + std::to_string(s.step) + ": " + ec.message());
     } else {
@@ -285,7 +313,7 @@ void held_store::hash_loop(std::stop_token stop) {
         if (s->error) continue;
         ++b->users;
         lock.unlock();
-        hash(*s, *b);
+        hash(*s, *b, b->data);
         lock.lock();
         --b->users;
         b->hashed = true;
@@ -302,9 +330,12 @@ void held_store::hash_loop(std::stop_token stop) {
 std::unique_ptr<kept_image> held_store::keep_in_memory(held_save& s) {
     auto out = std::make_unique<kept_image>();
     if (by_reference_) {
-        auto more = hooks_.more_memory(image_.size_bytes);
+        std::optional<memory_budget::lease> more;
+        // Beside a GPU's pool room was left for it.
+        if (std::lock_guard lock(mutex_); pool_.on_device() && lease_.bytes() >= device_bytes(hello_)) more = lease_.split(image_.size_bytes);
+        if (!more) more = hooks_.more_memory(image_.size_bytes);
         // What stands nowhere else is kept all the same: the pool, which has room for two, is let go in a moment.
-        if (std::lock_guard lock(mutex_); !more && s.sequence == 0) more = lease_.split(image_.size_bytes);
+        if (std::lock_guard lock(mutex_); !more && s.sequence == 0 && !pool_.on_device()) more = lease_.split(image_.size_bytes);
         if (!more) return nullptr;
         out->lease = std::move(*more);
     }
@@ -324,18 +355,24 @@ std::unique_ptr<kept_image> held_store::keep_in_memory(held_save& s) {
     };
     try {
         if (!out->memory || ::ftruncate(out->memory.get(), static_cast<off_t>(image_.size_bytes)) != 0) return nullptr;
+        // Nothing is being written any more.
+        auto* const place = pool_.on_device() ? pool_.take_place() : nullptr;
+        for (auto& b : s.blocks) {
+            auto const* data = b.data;
+            if (place) {
+                if (pool_.read(b.region, b.region_offset, {place, b.size_bytes})) return nullptr;
+                data = place;
+            }
+            if (!out->durable && !b.hashed) hash(s, b, data);
+            if (!put({data, b.size_bytes}, b.offset_bytes)) return nullptr;
+            b.own.reset();
+        }
         if (!out->durable) {
-            for (auto const& b : s.blocks)
-                if (!b.hashed) hash(s, b);
             s.sequence = files_->next_sequence();
             s.header = std::make_shared<varve::detail::aligned_bytes>(format_.header(layout_, image_, {s.step, s.sequence, s.metadata}, s.digests));
         }
         out->sequence = s.sequence;
         if (!put(s.header->bytes(), 0)) return nullptr;
-        for (auto& b : s.blocks) {
-            if (!put({b.data, b.size_bytes}, b.offset_bytes)) return nullptr;
-            b.own.reset();
-        }
     } catch (std::exception const&) {
         return nullptr;
     }

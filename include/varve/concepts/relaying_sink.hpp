@@ -26,6 +26,7 @@ struct relayed_run {
     std::size_t block_bytes = 0;
     std::size_t in_flight = 1;  ///< saves that may be on their way at once
     when_busy busy = when_busy::block;
+    memory_kind memory = memory_kind::host;  ///< what the blocks are in
 };
 
 /// A checkpoint that a sink has brought back.

@@ -58,7 +58,7 @@ public:
         : line_(s, format.lay_out(s), staging.block_bytes(), copies, options), announcer_(line_, staging), writer_(line_, staging, sink, files),
           taker_(line_, staging), copier_(line_, staging, writer_), worker_(line_, staging, writer_), committer_(line_, writer_, format, files) {
         if constexpr (relaying_sink<Sink>) {
-            sink.introduce({s, line_.layout, format.extension(), staging.block_bytes(), in_flight, options.busy});
+            sink.introduce({s, line_.layout, format.extension(), staging.block_bytes(), in_flight, options.busy, Staging::memory});
             line_.hashes = sink.takes_digests();
         }
         if constexpr (snapshotting_staging<Staging>)

@@ -88,7 +88,8 @@ public:
     /// The slot of a region of the shared pool; `unregistered` for other memory and over TCP, where blocks are sent.
     int register_memory(std::span<std::byte> region);
     /// Connects. Throws what the monitor refuses the run with (errc::store_locked, mismatch, not_a_store, or the system's),
-    /// errc::monitor_lost where there is none.
+    /// errc::monitor_lost where there is none, errc::unsupported
+    /// for GPU memory that is not the shared pool's.
     void introduce(relayed_run const& run);
     /// Whether blocks are sent: by reference the monitor hashes them.
     bool takes_digests() const noexcept;
@@ -99,7 +100,8 @@ public:
     std::optional<fetched_checkpoint> fetch(std::optional<std::uint64_t> step, std::uint32_t skip);
 
     sink_limits limits() const noexcept;
-    static constexpr bool accepts(memory_kind kind) noexcept { return kind != memory_kind::device; }
+    /// GPU memory too, where it is the pool's: then it is not sent.
+    static constexpr bool accepts(memory_kind) noexcept { return true; }
     std::string describe() const;
 
 private:

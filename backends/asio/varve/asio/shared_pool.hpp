@@ -11,6 +11,7 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "varve/detail/block_pool.hpp"
@@ -47,6 +48,14 @@ public:
         for (auto part : varve::detail::regions_of({memory_.get(), size_bytes_}, block_bytes)) regions_.push_back({part, share(part)});
     }
 
+    /// Memory that is shared already, such as a GPU's: `regions` stand side by side and are cut as a staging cuts its memory, and
+    /// `owner` keeps them. `device` says to the monitor what to read them with (see monitor_options::device_memory).
+    shared_pool(std::vector<region> regions, std::size_t block_bytes, std::string device, std::shared_ptr<void> owner)
+        : block_bytes_(block_bytes), device_(std::move(device)), regions_(std::move(regions)) {
+        for (auto const& r : regions_) size_bytes_ += r.memory.size();
+        memory_ = {std::move(owner), regions_.empty() ? nullptr : regions_.front().memory.data()};
+    }
+
     shared_pool(shared_pool const&) = delete;
     shared_pool& operator=(shared_pool const&) = delete;
 
@@ -54,6 +63,8 @@ public:
     std::span<std::byte> memory() const noexcept { return {memory_.get(), size_bytes_}; }
     std::size_t block_bytes() const noexcept { return block_bytes_; }
     std::span<region const> regions() const noexcept { return regions_; }
+    /// Empty for host memory.
+    std::string const& device() const noexcept { return device_; }
 
 private:
     file_descriptor share(std::span<std::byte> part) {
@@ -74,8 +85,9 @@ private:
                     "shared staging pool of " + std::to_string(size_bytes_) + " bytes: " + what + ": " + code.message() + "; give a smaller pool");
     }
 
-    std::size_t size_bytes_;
+    std::size_t size_bytes_ = 0;
     std::size_t block_bytes_;
+    std::string device_;
     std::shared_ptr<std::byte> memory_;
     std::vector<region> regions_;
 };

@@ -25,7 +25,7 @@
 namespace varve::asio::wire {
 
 inline constexpr std::uint32_t magic = 0x31565256;  ///< "VRV1"
-inline constexpr std::uint32_t version = 1;
+inline constexpr std::uint32_t version = 2;
 inline constexpr std::size_t header_bytes = 24;
 inline constexpr std::size_t most_control_bytes = 16u << 20;
 inline constexpr std::size_t most_hello_bytes = 128u << 20;
@@ -92,15 +92,17 @@ struct hello {
     bool wait_until_prepared = false;  ///< WELCOME comes once every slot was written
     std::vector<std::uint64_t> region_bytes;
     bool relayed = false;  ///< from a monitor whose peer this one is: what it brings or asks for goes no further
+    std::string device;    ///< whose memory the regions are: a GPU, by its UUID in 32 hexadecimal digits; empty: the host's (memfd)
 
     static void fields(auto& m, auto& io) {
         io(m.version);
+        if (m.version != wire::version) return io.skip_rest();  // laid out in another way: its version is all that it says
         io.choice(m.purpose, 2);
         io(m.store, m.made_by, m.extension, m.layers, m.aliases, m.image_bytes, m.header_bytes, m.block_bytes, m.in_flight);
         io.choice(m.busy, 2);
         io(m.keep, m.keep_every);
         io.choice(m.prepare, 2);
-        io(m.fresh, m.overwrite, m.wait_until_prepared, m.region_bytes, m.relayed);
+        io(m.fresh, m.overwrite, m.wait_until_prepared, m.region_bytes, m.relayed, m.device);
     }
 };
 

@@ -38,6 +38,8 @@ public:
     void choice(E value, std::uint8_t) {
         put(static_cast<std::uint8_t>(value));
     }
+    /// There is nothing more that the other side could read.
+    void skip_rest() noexcept {}
     /// The bytes that end the message, without a count.
     void rest(std::span<std::byte const> bytes) { out_.insert(out_.end(), bytes.begin(), bytes.end()); }
 
@@ -102,6 +104,7 @@ public:
         if (v > largest) refuse_message("the choice " + std::to_string(v) + ", where " + std::to_string(largest) + " is the last");
         value = static_cast<E>(v);
     }
+    void skip_rest() noexcept { left_ = {}; }
     void rest(std::span<std::byte const>& bytes) noexcept { bytes = std::exchange(left_, {}); }
 
     void expect_end() const {

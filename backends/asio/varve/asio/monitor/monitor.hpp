@@ -1,18 +1,31 @@
 #pragma once
 
 #include <chrono>
+#include <cstddef>
 #include <cstdint>
 #include <filesystem>
 #include <functional>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
+#include <system_error>
 #include <vector>
 
 #include "varve/asio/transport.hpp"
 #include "varve/system.hpp"
 
 namespace varve::asio {
+
+/// What a monitor reads a region of a trainer's GPU memory with, whether or not the trainer is still there. One thread's.
+class device_reader {
+public:
+    virtual ~device_reader() = default;
+    /// Host memory that read() is fast to, aligned to 4,096 bytes. Throws error.
+    virtual std::shared_ptr<std::byte> host_memory(std::size_t size_bytes) = 0;
+    /// Copies bytes from `offset_bytes` of the region on; they are there when it returns.
+    virtual std::error_code read(std::uint64_t offset_bytes, std::span<std::byte> to) noexcept = 0;
+};
 
 struct monitor_options {
     /// Where stores stand that are asked for by name; over TCP every one is.
@@ -41,6 +54,9 @@ struct monitor_options {
     std::chrono::milliseconds ping_every{3'000};
     std::chrono::milliseconds silence_limit{15'000};  ///< a peer over TCP that says nothing for so long is gone
     system_calls* calls = &system_calls::kernel();    ///< on the way to disk; replaced in tests
+    /// Opens a region of a trainer's GPU memory, by the descriptor that came with it and the GPU's name (see shared_pool::device).
+    /// Trainers with such a pool are refused without it. On any thread; throws error.
+    std::function<std::unique_ptr<device_reader>(file_descriptor region, std::uint64_t size_bytes, std::string const& device)> device_memory{};
     /// Gets one line for what an operator wants to know; on any thread.
     std::function<void(std::string const&)> log;
 };
