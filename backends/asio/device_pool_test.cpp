@@ -75,6 +75,7 @@ BOOST_AUTO_TEST_CASE(what_a_trainer_left_in_gpu_memory_is_committed_and_lingers)
         t.save(1, 1);
         t.peer.expect<wire::durable>();
         t.save(2, 2, images - 1);
+        t.peer.expect<wire::crash_safe>();
         // The next one is in flight, and has a block where there is a place for one that is nobody's.
         t.begin(3, 3);
         if (images == 2) {
