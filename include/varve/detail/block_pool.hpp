@@ -8,9 +8,11 @@
 #include <mutex>
 #include <span>
 #include <stop_token>
+#include <system_error>
 #include <utility>
 #include <vector>
 
+#include "varve/error.hpp"
 #include "varve/loan.hpp"
 
 namespace varve::detail {
@@ -111,6 +113,12 @@ private:
     std::vector<std::size_t> free_;
     std::vector<std::uint32_t> holders_;  ///< of each block: its buffer and its loans
 };
+
+/// That a staging's pool can lie in memory which was given to it. Throws std::errc::invalid_argument.
+inline void expect_pool_memory(std::span<std::byte> memory, std::size_t block_bytes) {
+    if (memory.size() < block_bytes || reinterpret_cast<std::uintptr_t>(memory.data()) % 4096 != 0)
+        throw error(std::make_error_code(std::errc::invalid_argument), "staging pool: memory must be aligned to 4096 and hold at least one block");
+}
 
 /// The blocks of one stretch of memory as regions.
 inline std::vector<std::span<std::byte>> regions_of(std::span<std::byte> memory, std::size_t block_bytes) {

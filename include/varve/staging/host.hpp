@@ -51,9 +51,7 @@ public:
     /// Uses memory of the caller's, aligned to 4,096 bytes, which `owner` keeps, or which outlives the staging, all of its
     /// buffers and their loans. Throws error(std::errc::invalid_argument) for memory that is not aligned or holds no block.
     host_staging(std::span<std::byte> memory, std::size_t block_bytes, std::shared_ptr<void> owner = nullptr) {
-        if (memory.size() < block_bytes || reinterpret_cast<std::uintptr_t>(memory.data()) % 4096 != 0)
-            throw error(std::make_error_code(std::errc::invalid_argument),
-                        "staging pool: memory must be aligned to 4096 and hold at least one block");
+        detail::expect_pool_memory(memory, block_bytes);
         pool_ = std::make_shared<detail::block_pool>(detail::regions_of(memory, block_bytes), block_bytes, std::move(owner));
     }
 

@@ -120,9 +120,7 @@ private:
     }
 
     static std::shared_ptr<varve::detail::block_pool> lock(std::span<std::byte> memory, std::size_t block_bytes, std::shared_ptr<void> owner) {
-        if (memory.size() < block_bytes || reinterpret_cast<std::uintptr_t>(memory.data()) % 4096 != 0)
-            throw error(std::make_error_code(std::errc::invalid_argument),
-                        "staging pool: memory must be aligned to 4096 and hold at least one block");
+        varve::detail::expect_pool_memory(memory, block_bytes);
         struct kept {
             std::shared_ptr<void> owner;
             std::vector<page_lock> locks;
