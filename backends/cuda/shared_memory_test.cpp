@@ -21,6 +21,22 @@ namespace {
 using namespace varve_test;
 constexpr std::size_t block = 4u << 20, blocks = 3;
 
+/// A GPU's name, and room for one descriptor.
+struct message_with_descriptor {
+    message_with_descriptor() {
+        head.msg_iov = &io;
+        head.msg_iovlen = 1;
+        head.msg_control = room;
+        head.msg_controllen = sizeof room;
+    }
+    message_with_descriptor(message_with_descriptor const&) = delete;
+
+    char name[32] = {};
+    iovec io{name, sizeof name};
+    alignas(cmsghdr) char room[CMSG_SPACE(sizeof(int))] = {};
+    msghdr head{};
+};
+
 /// A process that fills GPU memory, hands it on, and dies in one way or another.
 class filler {
 public:
@@ -53,20 +69,13 @@ public:
     };
     /// What it left, once it is dead; without a descriptor where it had no GPU.
     handed outlive() {
-        char name[32] = {};
-        iovec io{name, sizeof name};
-        alignas(cmsghdr) char room[CMSG_SPACE(sizeof(int))] = {};
-        msghdr m{};
-        m.msg_iov = &io;
-        m.msg_iovlen = 1;
-        m.msg_control = room;
-        m.msg_controllen = sizeof room;
+        message_with_descriptor m;
         handed out;
-        if (::recvmsg(here_.get(), &m, MSG_CMSG_CLOEXEC) == static_cast<ssize_t>(sizeof name)) {
+        if (::recvmsg(here_.get(), &m.head, MSG_CMSG_CLOEXEC) == static_cast<ssize_t>(sizeof m.name)) {
             int fd = -1;
-            std::memcpy(&fd, CMSG_DATA(CMSG_FIRSTHDR(&m)), sizeof fd);
+            std::memcpy(&fd, CMSG_DATA(CMSG_FIRSTHDR(&m.head)), sizeof fd);
             out.memory = varve::file_descriptor(fd, varve::system_calls::kernel());
-            out.device.assign(name, sizeof name);
+            out.device.assign(m.name, sizeof m.name);
         }
         int status = 0;
         ::waitpid(pid_, &status, 0);
@@ -87,14 +96,9 @@ private:
         std::vector<std::byte> bytes(region.memory.size());
         for (std::size_t i = 0; i < bytes.size(); ++i) bytes[i] = static_cast<std::byte>(i * 7 + i / block);
         varve::cuda::throw_if(::cudaMemcpy(region.memory.data(), bytes.data(), bytes.size(), cudaMemcpyDefault), "fill");
-        iovec io{const_cast<char*>(memory.device().data()), memory.device().size()};
-        alignas(cmsghdr) char room[CMSG_SPACE(sizeof(int))] = {};
-        msghdr m{};
-        m.msg_iov = &io;
-        m.msg_iovlen = 1;
-        m.msg_control = room;
-        m.msg_controllen = sizeof room;
-        auto* const header = CMSG_FIRSTHDR(&m);
+        message_with_descriptor m;
+        if (memory.device().copy(m.name, sizeof m.name) != sizeof m.name) ::_exit(4);
+        auto* const header = CMSG_FIRSTHDR(&m.head);
         header->cmsg_level = SOL_SOCKET;
         header->cmsg_type = SCM_RIGHTS;
         header->cmsg_len = CMSG_LEN(sizeof(int));
@@ -104,7 +108,7 @@ private:
             break_device(nullptr);
             if (::cudaDeviceSynchronize() == cudaSuccess) ::_exit(4);
         }
-        if (::sendmsg(to, &m, 0) < 0) ::_exit(4);
+        if (::sendmsg(to, &m.head, 0) < 0) ::_exit(4);
         ::raise(SIGKILL);
     }
 

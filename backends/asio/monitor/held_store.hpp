@@ -134,7 +134,6 @@ private:
     std::error_code write_and_commit(held_save& s, std::string& why);
     void hash(held_save& s, held_block const& b, std::byte const* data) const;
     bool may_submit(held_save const& s) const noexcept;
-    std::error_code bring_to_host(held_block& b);
     void leave_place(held_block& b);
     static void block_written(void* context, std::error_code ec) noexcept;
     std::unique_ptr<kept_image> keep_in_memory(held_save& s);

@@ -179,7 +179,7 @@ void held_store::submit_next(std::unique_lock<std::mutex>& lock) {
     int const slot = by_reference_ ? pool_.slot(b.region) : unregistered;
     if (pool_.on_device()) b.data = pool_.take_place();
     lock.unlock();
-    auto const failed = pool_.on_device() ? bring_to_host(b) : std::error_code();
+    auto const failed = pool_.on_device() ? pool_.read(b.region, b.region_offset, {b.data, b.size_bytes}) : std::error_code();
     if (failed) {
         block_written(&b, failed);
     } else {
@@ -197,9 +197,6 @@ void held_store::submit_next(std::unique_lock<std::mutex>& lock) {
     free_if_it_may_go(s, b);
     tell_if_over(s);
 }
-
-/// Without the lock.
-std::error_code held_store::bring_to_host(held_block& b) { return pool_.read(b.region, b.region_offset, {b.data, b.size_bytes}); }
 
 /// A block of a GPU's pool that nothing here reads any more is in that pool alone again. With the mutex held.
 void held_store::leave_place(held_block& b) {
