@@ -4,6 +4,8 @@
 
 #include <fcntl.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/un.h>
 #include <cerrno>
 #include <chrono>
 #include <cstring>
@@ -59,7 +61,8 @@ private:
 class raw_peer {
 public:
     explicit raw_peer(varve::asio::address const& to, std::shared_ptr<varve::asio::tls_context const> tls = nullptr)
-        : stream_(varve::asio::connect(context_.get_executor(), to, std::move(tls), 5s)) {}
+        : stream_(to.is_unix() ? varve::asio::make_stream(context_.get_executor(), connected(to.path))
+                               : varve::asio::connect(context_.get_executor(), to, std::move(tls), 5s)) {}
 
     template <class Message>
     void send(Message const& m, std::vector<int> descriptors = {}) {
@@ -111,6 +114,8 @@ public:
     }
     std::vector<varve::file_descriptor> descriptors() { return stream_->take_descriptors(); }
     void close() { stream_.reset(); }
+    /// Of a Unix socket: what is sent to here from now on is refused, as where this process is gone; what is sent from here goes on.
+    void stop_listening() { ::shutdown(socket_, SHUT_RD); }
 
     std::error_code write_error;
     std::size_t released = 0;
@@ -119,6 +124,16 @@ public:
     std::optional<wire::failed> failure;  ///< the last
 
 private:
+    varve::file_descriptor connected(std::filesystem::path const& path) {
+        varve::file_descriptor out(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0), varve::system_calls::kernel());
+        sockaddr_un at{.sun_family = AF_UNIX, .sun_path = {}};
+        path.string().copy(at.sun_path, sizeof at.sun_path - 1);
+        if (::connect(out.get(), reinterpret_cast<sockaddr const*>(&at), sizeof at) != 0)
+            throw std::runtime_error("cannot connect to " + path.string());
+        socket_ = out.get();
+        return out;
+    }
+
     void note(wire::release const& r) {
         ++released;
         on_loan.erase(r.region_offset);
@@ -170,6 +185,7 @@ private:
     }
 
     boost::asio::io_context context_;
+    int socket_ = -1;  ///< the stream's
     std::unique_ptr<varve::asio::stream> stream_;
     wire::frame_writer writer_;
     wire::frame_reader reader_{wire::peer::monitor};

@@ -21,6 +21,8 @@ constexpr std::size_t piece_bytes = 4u << 20;
 constexpr std::size_t most_waiting_bytes = 16u << 20;
 constexpr std::size_t data_head_bytes = 16;  ///< of a BLOCK_DATA before its bytes
 constexpr std::chrono::milliseconds farewell_limit{2'000};
+/// For what somebody has still to say who does not hear.
+constexpr std::chrono::milliseconds last_words_limit{5'000};
 
 [[noreturn]] void refuse(std::string const& why) { throw error(errc::malformed, "malformed message: " + why); }
 
@@ -258,7 +260,7 @@ void session::take(wire::goodbye const&) {
 
 template <class Message>
 void session::send(Message const& m, std::vector<file_descriptor> descriptors) {
-    if (state_ >= state::closed) return;
+    if (state_ >= state::closed || deaf_) return;
     // What waits goes out as one, but for descriptors: they belong to their message's first byte.
     if (out_.empty() || !descriptors.empty() || (out_.size() == 1 && writing_) || !out_.back().descriptors.empty()) out_.emplace_back();
     auto& last = out_.back();
@@ -287,7 +289,7 @@ void session::send_next_piece() {
 }
 
 void session::write() {
-    if (writing_ || state_ >= state::closed) return;
+    if (writing_ || state_ >= state::closed || deaf_) return;
     if (out_.empty()) {
         if (state_ == state::ending) return close();
         if (sending_) guarded([&] { send_next_piece(); });
@@ -304,10 +306,22 @@ void session::write() {
             self->writing_ = false;
             self->out_bytes_ -= self->out_.front().bytes.size();
             self->out_.pop_front();
+            // So says a socket whose other end is closed.
+            if (ec == std::errc::broken_pipe || ec == std::errc::connection_reset) return self->cannot_be_heard();
             if (ec) return self->close();
             self->write();
         },
         std::move(descriptors));
+}
+
+/// Whoever takes nothing any more, because it was killed say, may have said more than was read: a COMMIT counts.
+void session::cannot_be_heard() {
+    deaf_ = true;
+    out_.clear();
+    out_bytes_ = 0;
+    sending_.reset();
+    if (state_ >= state::ending) return close();
+    close_in(last_words_limit);
 }
 
 // ---- ending ----
@@ -325,6 +339,7 @@ void session::guarded(Call call) noexcept try {
 void session::fail(error const& why) {
     if (state_ >= state::ending) return;
     core_->log(peer_ + ": " + why.what());
+    if (deaf_) return close();
     sending_.reset();
     state_ = state::ending;
     try {
@@ -333,10 +348,7 @@ void session::fail(error const& why) {
         return close();
     }
     if (store_) core_->detach(std::exchange(store_, nullptr), false);
-    timer_.expires_after(farewell_limit);
-    timer_.async_wait([self = shared_from_this()](boost::system::error_code ec) {
-        if (!ec) self->close();
-    });
+    close_in(farewell_limit);
     write();
 }
 
@@ -351,18 +363,23 @@ void session::close() {
     core_->ended(this);
 }
 
-void session::let_go() {
-    reads_pool_ = false;
-    if (state_ != state::ending) return;
-    if (out_.empty()) return close();
-    timer_.expires_after(farewell_limit);
+/// Whatever is under way by then; and no tick comes before.
+void session::close_in(std::chrono::milliseconds limit) {
+    timer_.expires_after(limit);
     timer_.async_wait([self = shared_from_this()](boost::system::error_code ec) {
         if (!ec) self->close();
     });
 }
 
+void session::let_go() {
+    reads_pool_ = false;
+    if (state_ != state::ending) return;
+    if (out_.empty()) return close();
+    close_in(farewell_limit);
+}
+
 void session::tick() {
-    if (state_ >= state::ending) return;
+    if (state_ >= state::ending || deaf_) return;
     auto const& o = core_->options();
     auto const age = age_.lasted(clock::now(), period_), silent = silence_.lasted(clock::now(), period_);
     if (state_ == state::greeting && age >= o.hello_limit)

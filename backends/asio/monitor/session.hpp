@@ -74,11 +74,13 @@ private:
     void send(Message const& m, std::vector<file_descriptor> descriptors = {});
     void send_next_piece();
     void write();
+    void cannot_be_heard();
 
     template <class Call>
     void guarded(Call call) noexcept;
     void fail(error const& why);
     void close();
+    void close_in(std::chrono::milliseconds limit);
     void tick();
 
     std::shared_ptr<core> core_;
@@ -104,6 +106,7 @@ private:
     std::deque<outgoing> out_;
     std::size_t out_bytes_ = 0;
     bool writing_ = false;
+    bool deaf_ = false;  ///< the peer takes nothing any more; it is read to its end
     std::optional<sending> sending_;
     bool asking_peer_ = false;
 
