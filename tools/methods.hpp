@@ -1,5 +1,6 @@
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <filesystem>
 #include <functional>
@@ -49,7 +50,8 @@ struct method_settings {
     bool measure_waits = false;        ///< GPU time in waits goes into stalls(), where there is a GPU
     bool durable_traditional = false;  ///< set by the entry `traditional-durable`
     observer_list observers;
-    std::shared_ptr<monitor_use const> monitor;  ///< null: none; for entries that take one
+    std::shared_ptr<monitor_use const> monitor;     ///< null: none; for entries that take one
+    std::chrono::milliseconds durable_interval{0};  ///< with one; 0: as often as the disk takes a save
 };
 
 /// Where a staging pool is to be.

@@ -94,6 +94,7 @@ int print_monitor_status(asio::address const& at, std::shared_ptr<asio::tls_cont
             << " in flight, " << gigabytes(s["held_bytes"]) << " held";
         if (s.contains("crash_safe_step")) out << ", crash-safe step " << s["crash_safe_step"];
         if (s.contains("durable_step")) out << ", durable step " << s["durable_step"];
+        if (s.contains("durable_interval_sec")) out << ", a write in " << s["durable_interval_sec"] << " s";
         if (s.contains("write_gb_per_s")) out << ", " << std::setprecision(3) << s["write_gb_per_s"].get<double>() << " GB/s";
         out << '\n';
     }

@@ -217,6 +217,15 @@ void check_monitor(settings const& s, settings_command command) {
         throw usage_error("--cert, --key and --ca go with --monitor tcp:HOST:PORT or --peer");
     if (!s.run.peer.empty() && (!s.pccheck.use_monitor || !s.run.monitor.empty()))
         throw usage_error("--peer goes with --use-monitor: a monitor that runs already has its own");
+    auto const methods = command == settings_command::train ? std::vector{s.command.method} : s.run.methods;
+    if (s.run.durable_interval > 0) {
+        bool const monitored = s.wants_monitor() || std::ranges::any_of(methods, [](auto const& m) { return m.ends_with("-monitor"); });
+        if (!monitored || busy_mode(s) != when_busy::replace)
+            throw usage_error("--durable-interval goes with a monitor and --when-busy replace: what waits for the disk gives way to the next save");
+        for (auto const& m : methods)
+            if (s.wants_monitor() && m.find("+sync+") != std::string::npos)
+                throw usage_error("--durable-interval: with " + m + " every save is waited for until it is durable");
+    }
     if (!s.wants_monitor()) return;
     char const* option = s.run.monitor.empty() ? "--use-monitor" : "--monitor";
     if (!VARVE_TOOL_WITH_ASIO)
@@ -232,10 +241,7 @@ void check_monitor(settings const& s, settings_command command) {
         if (over_tcp && method.starts_with("gds+") && method.ends_with("+cufile"))
             throw usage_error(method + ": a pool in GPU memory is for a monitor on this machine; take pinned for one over TCP");
     };
-    if (command == settings_command::train)
-        expect_reachable(s.command.method);
-    else
-        std::ranges::for_each(s.run.methods, expect_reachable);
+    std::ranges::for_each(methods, expect_reachable);
 #endif
     if (command != settings_command::train || s.command.method.empty()) return;
     if (s.command.method != "none" && !runnable_method(s.command.method).takes_monitor)

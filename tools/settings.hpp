@@ -58,10 +58,11 @@ struct run_settings {
     std::string checkpoint_dir;  ///< empty: OUTPUT_DIR/checkpoints
     bool keep_checkpoints = false;
     std::string events;
-    std::string monitor;        ///< where a running one is; empty: --use-monitor starts one
-    std::string cert, key, ca;  ///< for one over TCP, or for its peer
-    std::string peer;           ///< of a monitor that is started here
-    std::uint64_t linger = 60;  ///< of one that is started here, in seconds
+    std::string monitor;          ///< where a running one is; empty: --use-monitor starts one
+    std::string cert, key, ca;    ///< for one over TCP, or for its peer
+    std::string peer;             ///< of a monitor that is started here
+    std::uint64_t linger = 60;    ///< of one that is started here, in seconds
+    double durable_interval = 0;  ///< with one, in seconds
 };
 
 /// What only `train` has, and what is given on the command line alone.

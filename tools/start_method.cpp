@@ -166,9 +166,15 @@ std::unique_ptr<running_method> start_with_monitor(libtorch::training_state& tra
         block_bytes_of(s, by_layer, std::clamp<std::uint64_t>(image_bytes / 8 / block_unit_bytes * block_unit_bytes, 8u << 20, largest_bytes));
     auto pool_bytes = wanted_pool_bytes(s, image_bytes, block_bytes, pool_place::monitor);
     if (!on_gpu) pool_bytes = std::min(pool_bytes, largest_pool_bytes());
+    if (auto const least_bytes = 3 * ((image_bytes + block_bytes - 1) / block_bytes * block_bytes);
+        s.durable_interval.count() > 0 && where.is_unix() && pool_bytes < least_bytes)
+        throw usage_error("--durable-interval takes room for three checkpoints in the pool, --pool-size-mb " +
+                          std::to_string(least_bytes / 1'000'000 + 1) + "; here it has " + std::to_string(pool_bytes / 1'000'000) + " MB" +
+                          (s.pool_bytes == 0 ? ", a quarter of the memory" : ""));
     asio::monitor_sink_options sink_options;
     sink_options.files = store_options_of(s);
     sink_options.respawn = s.monitor->respawn;
+    sink_options.durable_interval = s.durable_interval;
     if (!s.monitor->certificate.empty()) sink_options.tls = asio::load_tls({s.monitor->certificate, s.monitor->key, s.monitor->authority}, false);
     if (where.is_unix()) sink_options.pool = pool_after_last_run<Staging>(pool_bytes, block_bytes, where, s.monitor->store);
     auto staging = [&] {

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <cstdio>
 #include <optional>
@@ -25,6 +26,7 @@ inline method_settings method_settings_of(settings const& s, observer_list const
     m.keep = s.run.keep;
     m.keep_every = s.run.keep_every;
     m.prepare = preparation(s);
+    m.durable_interval = std::chrono::ceil<std::chrono::milliseconds>(std::chrono::duration<double>(s.run.durable_interval));
     m.observers = observers;
     return m;
 }

@@ -5,9 +5,12 @@
 #include <fcntl.h>
 #include <chrono>
 #include <future>
+#include <optional>
+#include <set>
 #include <thread>
 
 #include "fake_monitors_trainer.hpp"
+#include "varve/scheduling/sync.hpp"
 
 namespace {
 
@@ -167,6 +170,56 @@ BOOST_FIXTURE_TEST_CASE(a_save_that_the_monitor_fails_says_why, at_socket) {
     c->say(wire::failed{save.begin.save, errc::replaced, "replaced"});
     BOOST_TEST(second.durable().wait_for(20s) == errc::replaced);
     BOOST_TEST(!second.crash_safe().wait_for(20s));
+}
+
+BOOST_FIXTURE_TEST_CASE(a_trainer_that_drains_says_so_where_saves_wait_for_an_interval, at_socket) {
+    trainer t(monitor);
+    t.options.durable_interval = 10min;
+    t.checkpointer_options.busy = varve::when_busy::replace;
+    auto const c = t.start();
+    BOOST_TEST(t.hello.durable_interval_ms == 600'000u);
+    t.checkpointer->drain();  // of nothing
+    t.save(1);
+    auto const save = c->take_save(t.hello);
+    c->say(wire::crash_safe{save.begin.save});
+    auto drained = std::async(std::launch::async, [&] { t.checkpointer->drain(); });
+    BOOST_TEST(c->expect<wire::drain>().on);
+    BOOST_TEST((drained.wait_for(10ms) == std::future_status::timeout));
+    c->say(wire::durable{save.begin.save, 1});
+    drained.get();
+    BOOST_TEST(!c->expect<wire::drain>().on);
+    t.checkpointer.reset();
+    c->expect<wire::goodbye>();
+}
+
+BOOST_FIXTURE_TEST_CASE(a_sync_save_is_not_held_back_for_an_interval, at_socket) {
+    toy_model model(1, 1000);
+    auto pool = std::make_shared<shared_pool>(3 * block, block);
+    varve::checkpointer_options options;
+    options.busy = varve::when_busy::replace;
+    using checkpointer = varve::checkpointer<varve::host_staging, varve::sync, monitor_sink>;
+    std::optional<checkpointer> ck;
+    auto made = std::async(std::launch::async, [&] {
+        ck.emplace(model.state(), varve::host_staging(pool->memory(), block, pool), varve::sync{},
+                   monitor_sink(monitor.where(), "/data/run", {.pool = pool, .durable_interval = 10min, .goodbye_limit = 100ms}), options);
+    });
+    auto const c = monitor.accept();
+    auto const hello = c->greet();
+    made.get();
+    auto saved = std::async(std::launch::async, [&] { return ck->save(1); });
+    // Two threads say these, in either order.
+    std::set<wire::message> said;
+    while (!said.contains(wire::message::commit) || !said.contains(wire::message::drain)) said.insert(*c->next());
+    c->say(wire::crash_safe{0});
+    c->say(wire::durable{0, 1});
+    BOOST_TEST(!saved.get().durable().wait());
+    BOOST_TEST(!c->expect<wire::drain>().on);
+}
+
+BOOST_FIXTURE_TEST_CASE(an_interval_without_replace_is_refused_before_there_is_a_connection, at_socket) {
+    trainer t(monitor);
+    t.options.durable_interval = 1s;
+    BOOST_CHECK_EXCEPTION(t.make(), varve::error, [](varve::error const& e) { return e.code() == std::errc::invalid_argument; });
 }
 
 BOOST_FIXTURE_TEST_CASE(a_save_that_is_not_wanted_any_more_is_abandoned, at_socket) {

@@ -32,6 +32,7 @@ inline wire::hello some_hello() {
     h.fresh = true;
     h.region_bytes = {1u << 30, 4u << 20};
     h.relayed = true;
+    h.durable_interval_ms = 500;
     h.device = "0123456789abcdef0123456789abcdef";
     return h;
 }
@@ -42,8 +43,9 @@ inline constexpr std::byte some_content[5] = {std::byte{1}, std::byte{2}, std::b
 inline auto some_messages() {
     return std::tuple(some_hello(), wire::begin{7, 120}, wire::block_ref{7, 4u << 20, 1000, 1, 8u << 20}, wire::block_data{7, 65'536, some_content},
                       wire::commit{7, {{"loss", "0.5"}, {"lr", ""}}, {1, ~std::uint64_t{0}}}, wire::abandon{7}, wire::fetch{true, 120, 1},
-                      wire::status{}, wire::goodbye{}, wire::pong{}, wire::welcome{1, 100, 9, 110, 64u << 20}, wire::credit{1u << 20},
-                      wire::release{1, 8u << 20}, wire::crash_safe{7}, wire::durable{7, 10}, wire::failed{7, varve::errc::replaced, "replaced"},
+                      wire::status{}, wire::goodbye{}, wire::pong{}, wire::drain{true}, wire::welcome{1, 100, 9, 110, 64u << 20},
+                      wire::credit{1u << 20}, wire::release{1, 8u << 20}, wire::crash_safe{7}, wire::durable{7, 10},
+                      wire::failed{7, varve::errc::replaced, "replaced"},
                       wire::image{120, 10, 65'568, true, "/data/run/step-000000000120.safetensors"}, wire::image_data{0, some_content},
                       wire::status_reply{"{}"}, wire::refusal{std::make_error_code(std::errc::no_space_on_device), "no"}, wire::ping{});
 }

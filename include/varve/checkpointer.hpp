@@ -169,7 +169,7 @@ public:
             }
             pipeline_->seal(*job, std::move(metadata));
             timed waiting(stalls_.wait_ns);
-            if constexpr (Scheduling::waits == seal_wait::durable) result.durable().wait();
+            if constexpr (Scheduling::waits == seal_wait::durable) pipeline_->wait_until_durable(result);
             if constexpr (Scheduling::waits == seal_wait::staged) result.staged().wait();
         }
         return result;

@@ -142,6 +142,38 @@ BOOST_AUTO_TEST_CASE(a_run_whose_pool_was_in_gpu_memory_goes_on_from_there_too) 
     goes_on_from_memory("gds+async+cufile");
 }
 
+BOOST_AUTO_TEST_CASE(what_waits_for_the_disk_is_there_when_the_run_ends_or_is_killed) {
+    if (!have_monitor()) return;
+    workplace w;
+    std::vector<std::string> const paced{"--use-monitor", "--linger", "1", "--when-busy", "replace", "--durable-interval", "1000"};
+    trains(w.train("killed", 30, paced));
+    auto const safe = w.steps("killed", "crash_safe"), durable = w.steps("killed", "durable");
+    BOOST_TEST(largest(durable) == 30u);
+    BOOST_TEST(safe.size() > durable.size());
+    auto const from = w.events_size("killed");
+    {
+        running_tool run(w.train("killed", 1'000'000, paced));
+        BOOST_TEST_REQUIRE(w.comes("killed", "crash_safe", from, 20));
+        run.signal(SIGKILL);
+        run.wait();
+    }
+    BOOST_TEST(w.no_monitor_within(20s));
+    auto const promised = largest(w.steps("killed", "crash_safe", from));
+    BOOST_TEST(stored_steps(w.folder / "killed").back() >= promised);
+    trains(w.train("killed", promised + 5, paced));
+    trains(w.train("whole", promised + 5, {}));
+    same_bits(w, "whole", "killed");
+}
+
+BOOST_AUTO_TEST_CASE(an_interval_that_the_pool_has_no_room_for_is_refused) {
+    if (!have_monitor()) return;
+    workplace w;
+    auto const r = run_tool(w.train("run", 10, {"--use-monitor", "--when-busy", "replace", "--durable-interval", "5", "--pool-size-mb", "1"}));
+    BOOST_TEST(r.code == 2, r.err);
+    BOOST_TEST(r.err.find("three checkpoints in the pool, --pool-size-mb") != std::string::npos, r.err);
+    BOOST_TEST(w.no_monitor_within(20s));
+}
+
 BOOST_AUTO_TEST_CASE(a_trainer_whose_monitor_dies_says_so_and_which_one_serves_now) {
     if (!have_monitor()) return;
     workplace w;

@@ -63,6 +63,9 @@ BOOST_AUTO_TEST_CASE(a_monitor_that_makes_no_sense_is_refused) {
     refused({"train", "--method", "layerwise", "--dir", "/tmp/x", "--peer", "127.0.0.1:7000"}, "--use-monitor");
     refused({"monitor", "--status", "--unix", "/tmp/no such socket"}, "cannot connect", 1);
     refused({"train", "--method", "traditional", "--dir", "/tmp/x", "--use-monitor"}, "cannot go through a monitor");
+    refused({"bench", "--durable-interval", "2", "--when-busy", "replace"}, "--durable-interval goes with a monitor");
+    refused({"bench", "--durable-interval", "2", "--use-monitor"}, "--when-busy replace");
+    refused({"bench", "--durable-interval", "2", "--use-monitor", "--when-busy", "replace", "--methods", "host+sync+posix"}, "host+sync+posix");
     refused({"train", "--method", "layerwise", "--dir", "/tmp/x", "--monitor", "nowhere"}, "unix:PATH or tcp:HOST:PORT");
     refused({"train", "--method", "layerwise", "--dir", "/tmp/x", "--cert", "c"}, "go together");
     refused({"train", "--method", "layerwise", "--dir", "/tmp/x", "--monitor", "unix:/tmp/no such socket"}, "cannot connect", 1);

@@ -57,6 +57,8 @@ int relay::register_memory(std::span<std::byte> region) {
 void relay::introduce(relayed_run const& run) {
     if (run.memory == memory_kind::device && !by_reference_)
         throw error(errc::unsupported, "GPU memory goes to a monitor through a pool that both have alone, on this host");
+    if (options_.durable_interval.count() > 0 && run.busy != when_busy::replace)
+        throw error(std::make_error_code(std::errc::invalid_argument), "an interval between durable saves is for when_busy::replace");
     std::lock_guard connecting(connecting_);
     hello_.store = store_;
     hello_.relayed = for_monitor_;
@@ -75,6 +77,7 @@ void relay::introduce(relayed_run const& run) {
     hello_.fresh = options_.files.fresh;
     hello_.overwrite = options_.files.overwrite;
     hello_.wait_until_prepared = options_.files.wait_until_prepared;
+    hello_.durable_interval_ms = static_cast<std::uint64_t>(std::clamp(options_.durable_interval, {}, wire::longest_interval).count());
     if (by_reference_) {
         hello_.device = options_.pool->device();
         for (auto const& r : options_.pool->regions()) hello_.region_bytes.push_back(r.memory.size());
@@ -165,6 +168,7 @@ void relay::install(std::shared_ptr<session> s) {
         std::lock_guard lock(mutex_);
         current_ = std::move(s);
         settled_ = nullptr;
+        if (draining_) current_->set_draining(true);
     }
     changed_.notify_all();
 }
@@ -202,6 +206,13 @@ std::shared_ptr<relayed_save> relay::open(std::uint64_t step) {
     // The monitor takes them in the order of their numbers.
     std::lock_guard beginning(beginning_);
     return s->begin(next_save_++, step);
+}
+
+void relay::set_draining(bool on) noexcept {
+    if (options_.durable_interval.count() <= 0) return;
+    std::lock_guard lock(mutex_);
+    draining_ = on;
+    if (current_) current_->set_draining(on);
 }
 
 void relay::run(std::stop_token stop) {

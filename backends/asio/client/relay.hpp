@@ -33,6 +33,7 @@ public:
     void introduce(relayed_run const& run);
     bool by_reference() const noexcept { return by_reference_; }
     std::shared_ptr<relayed_save> open(std::uint64_t step);
+    void set_draining(bool on) noexcept;
     /// Over TCP the bytes go to memory of their own, or where `into` says.
     std::optional<fetched_checkpoint> fetch(std::optional<std::uint64_t> step, std::uint32_t skip, receiver const& into = in_memory);
     std::string describe() const;
@@ -71,6 +72,7 @@ private:
     mutable std::mutex mutex_;
     std::condition_variable_any changed_;
     std::shared_ptr<session> current_;
+    bool draining_ = false;
     session const* settled_ = nullptr;  ///< the last one whose loans have all ended, or are kept for good
     std::mutex beginning_;
     std::uint64_t next_save_ = 0;

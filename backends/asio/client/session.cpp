@@ -184,6 +184,16 @@ void session::forget(std::uint64_t id) noexcept {
         }
 }
 
+void session::set_draining(bool on) noexcept {
+    try {
+        std::vector<outgoing> items;
+        items.push_back(outgoing_of(wire::drain{on}));
+        enqueue(std::move(items));
+    } catch (std::exception const&) {
+        // The saves take the time that they would have taken.
+    }
+}
+
 template <class Message>
 session::outgoing session::outgoing_of(Message const& m, std::span<std::byte const> behind) {
     outgoing out;

@@ -68,6 +68,7 @@ public:
     bool commit(std::uint64_t id, commit_values const& values, std::span<std::uint64_t const> chunk_digests);
     void abandon(std::uint64_t id) noexcept;
     void forget(std::uint64_t id) noexcept;
+    void set_draining(bool on) noexcept;
 
 private:
     /// A message, and the bytes that are sent behind it from where they are.

@@ -41,6 +41,9 @@ void held_store::expect_sense(wire::hello const& m) {
     if (m.extension != ".safetensors")
         throw error(errc::unsupported, "the monitor takes checkpoints in the format .safetensors, not " + varve::detail::printable(m.extension));
     if (m.in_flight == 0 || m.in_flight > most_in_flight || m.keep == 0) refuse("a count that makes no sense");
+    if (m.durable_interval_ms > static_cast<std::uint64_t>(wire::longest_interval.count()) ||
+        (m.durable_interval_ms > 0 && m.busy != when_busy::replace))
+        refuse("an interval of " + std::to_string(m.durable_interval_ms) + " ms between durable saves");
     if (m.block_bytes == 0 || m.block_bytes % digest_chunk_bytes != 0 || m.block_bytes > most_block_bytes)
         refuse("blocks of " + std::to_string(m.block_bytes) + " bytes");
     if (m.image_bytes < m.header_bytes || m.image_bytes - m.header_bytes > most_data)
@@ -235,6 +238,12 @@ void held_store::take(wire::abandon const& m) {
         }
 }
 
+void held_store::take(wire::drain const& m) {
+    std::lock_guard lock(mutex_);
+    draining_ = m.on;
+    work_.notify_one();
+}
+
 void held_store::trainer_gone(bool keep) {
     std::lock_guard lock(mutex_);
     if (!gone_) {
@@ -373,6 +382,7 @@ void held_store::describe(nlohmann::json& out) const {
                                          [](auto const& s) { return s->phase == save_phase::receiving || s->phase == save_phase::crash_safe; });
     out["pool_bytes"] = pool_bytes_ > 0 ? pool_bytes_ : lease_.bytes();
     if (!hello_.device.empty()) out["device"] = hello_.device;
+    if (hello_.durable_interval_ms > 0 && keeps_newest_) out["durable_interval_sec"] = static_cast<double>(hello_.durable_interval_ms) / 1e3;
     out["held_bytes"] = held_bytes();
     out["in_flight"] = in_flight;
     out["keeps_newest"] = keeps_newest_;

@@ -71,6 +71,7 @@ public:
     void take(wire::block_ref const& m);
     void take(wire::commit m);
     void take(wire::abandon const& m);
+    void take(wire::drain const& m);
 
     /// Where the bytes of a BLOCK_DATA are to be read to; then arrived() takes them.
     class place {
@@ -125,6 +126,8 @@ private:
     // The writer's thread.
     void run();
     void open();
+    bool holds_back() const;
+    void try_again_soon();
     save_ptr next_to_write() const;
     bool work_on_current(std::unique_lock<std::mutex>& lock);
     void start_writing(save_ptr const& s, std::unique_lock<std::mutex>& lock);
@@ -169,6 +172,8 @@ private:
     block_memory memory_;
     std::uint64_t credit_ = 0;  ///< bytes that the trainer may still send
     bool open_ = false, gone_ = false, keep_ = false;
+    bool draining_ = false;                               ///< the trainer waits for what it has saved
+    std::chrono::steady_clock::time_point next_write_{};  ///< no sooner, where the trainer wants an interval
 
     std::chrono::steady_clock::time_point writing_since_;
     struct counts {

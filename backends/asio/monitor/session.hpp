@@ -58,6 +58,7 @@ private:
     void take(wire::block_ref const& m) { trainers().take(m); }
     void take(wire::commit m) { trainers().take(std::move(m)); }
     void take(wire::abandon const& m) { trainers().take(m); }
+    void take(wire::drain const& m) { trainers().take(m); }
     void take(wire::fetch const& m);
     void answer(std::optional<found_image> found);
     void take(wire::status const& m);

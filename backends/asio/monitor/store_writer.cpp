@@ -13,6 +13,8 @@ namespace varve::asio::server {
 
 namespace {
 
+constexpr std::chrono::seconds try_again_after{1};
+
 std::error_code code_of(std::exception const& e) {
     auto const* ours = dynamic_cast<error const*>(&e);
     return ours ? ours->code() : std::make_error_code(std::errc::not_enough_memory);
@@ -86,10 +88,16 @@ void held_store::run() {
         found.durable_sequence = counts_.durable_sequence = all.front().sequence;
     }
     hooks_.opened(found);
+    if (hello_.durable_interval_ms > 0 && !keeps_newest_ && hooks_.log) {
+        lock.unlock();
+        hooks_.log(path_.string() + ": no room for three checkpoints in memory: the disk gets what it can take, whatever the interval");
+        lock.lock();
+    }
     for (;;) {
         if (work_on_current(lock)) continue;
+        bool const held_back = !current_ && holds_back();
         if (!current_) {
-            if (auto const s = next_to_write()) {
+            if (auto const s = held_back ? nullptr : next_to_write()) {
                 start_writing(s, lock);
                 continue;
             }
@@ -99,7 +107,10 @@ void held_store::run() {
             if (gone_ && idle) break;
         }
         forget();
-        work_.wait(lock);
+        if (held_back)
+            work_.wait_until(lock, next_write_);
+        else
+            work_.wait(lock);
     }
     lock.unlock();
     hasher_.request_stop();
@@ -122,6 +133,13 @@ void held_store::run() {
     lock.unlock();
     hooks_.ended(std::move(kept));
 }
+
+/// Whoever has left, or waits for its saves, has no use for an interval; and where there is no room for another save beside the one
+/// that is held back, training would wait.
+bool held_store::holds_back() const { return keeps_newest_ && !gone_ && !draining_ && std::chrono::steady_clock::now() < next_write_; }
+
+/// A write that came to nothing does not use up an interval; nor is a disk that fails tried with every save.
+void held_store::try_again_soon() { next_write_ = std::min(next_write_, std::chrono::steady_clock::now() + try_again_after); }
 
 /// What is whole comes first, in its order; with `replace` there is but one. Else what is still coming in is written as it comes.
 held_store::save_ptr held_store::next_to_write() const {
@@ -152,6 +170,7 @@ bool held_store::work_on_current(std::unique_lock<std::mutex>& lock) {
 
 void held_store::start_writing(save_ptr const& s, std::unique_lock<std::mutex>& lock) {
     current_ = s;
+    next_write_ = std::chrono::steady_clock::now() + std::chrono::milliseconds(hello_.durable_interval_ms);
     lock.unlock();
     std::error_code failed;
     std::string why;
@@ -237,6 +256,7 @@ void held_store::discard(std::unique_lock<std::mutex>& lock) {
     if (s->file) files_->give_back(*std::exchange(s->file, std::nullopt), true);
     if (s->memory_alone && hooks_.log) hooks_.log(path_.string() + ": " + s->why);
     lock.lock();
+    try_again_soon();
     if (s->memory_alone) s->phase = save_phase::durable;
     tell_if_over(*s);
     current_ = nullptr;
@@ -261,6 +281,7 @@ void held_store::finish(std::unique_lock<std::mutex>& lock) {
         hooks_.became_durable(s->step, s->sequence);
         free_what_may_go(*s);
     } else {
+        try_again_soon();
         not_written(*s, outcome, why);
         if (s->memory_alone) s->phase = save_phase::durable;
     }

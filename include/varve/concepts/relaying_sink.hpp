@@ -55,6 +55,10 @@ concept takes_digests = requires(S const& s) {
     { s.takes_digests() } noexcept -> std::same_as<bool>;
 };
 template <class S>
+concept set_draining = requires(S& s, bool on) {
+    { s.set_draining(on) } noexcept -> std::same_as<void>;
+};
+template <class S>
 concept fetch = requires(S& s, std::optional<std::uint64_t> step, std::uint32_t skip) {
     { s.fetch(step, skip) } -> std::same_as<std::optional<fetched_checkpoint>>;
 };
@@ -80,6 +84,12 @@ concept fetch = requires(S& s, std::optional<std::uint64_t> step, std::uint32_t 
 template <class S>
 concept relaying_sink = sink<S> && !file_sink<S> && detail::sink_has::introduce<S> && detail::sink_has::takes_digests<S> &&
                         detail::sink_has::lent_write<typename S::target_type> && detail::sink_has::hand_over<typename S::target_type>;
+
+/// S satisfies `pacing_sink`, one whose receiver may let a save wait before it makes it durable, if it is a relaying sink and
+/// `set_draining(on)` is noexcept and says that somebody waits for the saves, so that none is to be held back, or that nobody does any
+/// longer. Called after introduce, by turns with true and false, on the thread that waits: the training thread.
+template <class S>
+concept pacing_sink = relaying_sink<S> && detail::sink_has::set_draining<S>;
 
 /// S satisfies `fetching_sink` if it is a sink and `fetch(step, skip)` brings back the newest checkpoint, or that of `step`,
 /// `skip` newer ones left out; nothing where there is none. It throws varve::error where it cannot tell.

@@ -31,6 +31,7 @@
 #include "varve/image.hpp"
 #include "varve/state.hpp"
 #include "varve/store.hpp"
+#include "varve/ticket.hpp"
 
 namespace varve::detail {
 
@@ -56,7 +57,8 @@ public:
     pipeline(state const& s, Staging& staging, Sink& sink, Format const& format, store* files, copy_moment copies,
              checkpointer_options const& options, [[maybe_unused]] std::size_t in_flight)
         : line_(s, format.lay_out(s), staging.block_bytes(), copies, options), announcer_(line_, staging), writer_(line_, staging, sink, files),
-          taker_(line_, staging), copier_(line_, staging, writer_), worker_(line_, staging, writer_), committer_(line_, writer_, format, files) {
+          taker_(line_, staging), copier_(line_, staging, writer_), worker_(line_, staging, writer_), committer_(line_, writer_, format, files),
+          sink_(sink) {
         if constexpr (relaying_sink<Sink>) {
             sink.introduce({s, line_.layout, format.extension(), staging.block_bytes(), in_flight, options.busy, Staging::memory});
             line_.hashes = sink.takes_digests();
@@ -146,11 +148,33 @@ public:
     }
 
     void drain() {
+        if (nothing_sealed()) return;
+        draining hurry(sink_);
         std::unique_lock lock(line_.mutex);
         line_.idle.wait(lock, [&] { return nothing_sealed_locked(); });
     }
 
+    void wait_until_durable(ticket const& save) {
+        draining hurry(sink_);
+        save.durable().wait();
+    }
+
 private:
+    /// For as long as it lives nothing is held back on its way to the disk. No lock of the line's is held when it begins or ends.
+    class draining {
+    public:
+        explicit draining(Sink& sink) noexcept : sink_(sink) { tell(true); }
+        ~draining() { tell(false); }
+        draining(draining const&) = delete;
+        draining& operator=(draining const&) = delete;
+
+    private:
+        void tell([[maybe_unused]] bool on) noexcept {
+            if constexpr (pacing_sink<Sink>) sink_.set_draining(on);
+        }
+        [[maybe_unused]] Sink& sink_;
+    };
+
     job_ptr newest_that_waits_locked() const {
         auto const waits = [&](auto const& job) {
             return job->sealed && job->place == turn::waiting && !job->error && (job->by_snapshot || job->blocks_staged == blocks());
@@ -164,12 +188,18 @@ private:
         return static_cast<std::size_t>(
             std::count_if(line_.jobs.begin(), line_.jobs.end(), [&](auto const& j) { return !j->error && !(j->safe && leaves_when_safe); }));
     }
+    bool nothing_sealed() const {
+        std::lock_guard lock(line_.mutex);
+        return nothing_sealed_locked();
+    }
     bool nothing_sealed_locked() const {
         return std::none_of(line_.jobs.begin(), line_.jobs.end(), [](auto const& j) { return j->sealed || j->error; });
     }
     void drain_for(std::chrono::milliseconds limit) {
         // Longer ones do not fit behind the clock's now, and would be over at once.
         limit = std::min<std::chrono::milliseconds>(limit, std::chrono::hours(24 * 365));
+        if (nothing_sealed()) return;
+        draining hurry(sink_);
         std::unique_lock lock(line_.mutex);
         line_.idle.wait_for(lock, limit, [&] { return nothing_sealed_locked(); });
     }
@@ -181,6 +211,7 @@ private:
     copier<Staging, Sink> copier_;
     block_worker<Staging, Sink> worker_;
     committer<Staging, Sink, Format> committer_;
+    Sink& sink_;
 
     std::jthread taking_, copying_;  ///< last, like those below: they use all of the above
     std::vector<std::jthread> workers_;

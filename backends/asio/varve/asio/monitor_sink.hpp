@@ -37,6 +37,11 @@ struct monitor_sink_options {
     std::chrono::milliseconds welcome_limit{60'000};
     std::chrono::milliseconds silence_limit{15'000};  ///< a monitor that pings, and then says nothing for so long, is lost
     std::chrono::milliseconds retry_after{1'000};     ///< a monitor that could not be reached is not tried before
+    /// From the begin of a save's write to that of the next, for when_busy::replace; 0: as soon as the disk is free. The saves between are
+    /// crash-safe and give way to newer ones. Takes room for three checkpoints in the pool, over TCP in the monitor's memory, and has no
+    /// effect with less. Nothing is held back while the checkpointer drains or a sync save waits, nor once this process is gone; whoever
+    /// else waits for a save's durable() may wait as long as the interval.
+    std::chrono::milliseconds durable_interval{0};
     /// For the end of a sink whose blocks the monitor still has: it finishes what is crash-safe, copies the newest checkpoint,
     /// and lets go of the pool. What it has not let go of by then is not filled again for as long as there is the pool.
     std::chrono::milliseconds goodbye_limit{5'000};
@@ -88,13 +93,15 @@ public:
     /// The slot of a region of the shared pool; `unregistered` for other memory and over TCP, where blocks are sent.
     int register_memory(std::span<std::byte> region);
     /// Connects. Throws what the monitor refuses the run with (errc::store_locked, mismatch, not_a_store, or the system's),
-    /// errc::monitor_lost where there is none, errc::unsupported
-    /// for GPU memory that is not the shared pool's.
+    /// errc::monitor_lost where there is none, errc::unsupported for GPU memory that is not the shared pool's, and
+    /// std::errc::invalid_argument for a durable_interval without when_busy::replace.
     void introduce(relayed_run const& run);
     /// Whether blocks are sent: by reference the monitor hashes them.
     bool takes_digests() const noexcept;
     /// Begins a save; connects again if need be. Throws errc::monitor_lost.
     target_type open(open_request const& r);
+    /// See pacing_sink.
+    void set_draining(bool on) noexcept;
 
     /// The newest checkpoint that the monitor has, in memory or on disk, on a connection of its own.
     std::optional<fetched_checkpoint> fetch(std::optional<std::uint64_t> step, std::uint32_t skip);
@@ -108,6 +115,6 @@ private:
     std::unique_ptr<client::relay> relay_;
 };
 
-static_assert(relaying_sink<monitor_sink> && registering_sink<monitor_sink> && fetching_sink<monitor_sink>);
+static_assert(pacing_sink<monitor_sink> && registering_sink<monitor_sink> && fetching_sink<monitor_sink>);
 
 }  // namespace varve::asio

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <array>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <map>
@@ -25,7 +26,7 @@
 namespace varve::asio::wire {
 
 inline constexpr std::uint32_t magic = 0x31565256;  ///< "VRV1"
-inline constexpr std::uint32_t version = 2;
+inline constexpr std::uint32_t version = 3;
 inline constexpr std::size_t header_bytes = 24;
 inline constexpr std::size_t most_control_bytes = 16u << 20;
 inline constexpr std::size_t most_hello_bytes = 128u << 20;
@@ -34,6 +35,7 @@ inline constexpr std::uint64_t most_checkpoint_bytes = std::uint64_t{1} << 42;  
 /// A digest for each chunk of the largest; a monitor takes no more than the run's checkpoints have.
 inline constexpr std::size_t most_commit_bytes = most_control_bytes + most_checkpoint_bytes / digest_chunk_bytes * sizeof(std::uint64_t);
 inline constexpr std::uint64_t most_region_bytes = std::uint64_t{1} << 30;
+inline constexpr std::chrono::milliseconds longest_interval = std::chrono::hours(24 * 365);  ///< of durable saves
 
 enum class message : std::uint16_t {
     // from the trainer
@@ -47,6 +49,7 @@ enum class message : std::uint16_t {
     status,
     goodbye,
     pong,
+    drain,
     // from the monitor
     welcome = 64,
     credit,
@@ -91,8 +94,9 @@ struct hello {
     bool overwrite = false;
     bool wait_until_prepared = false;  ///< WELCOME comes once every slot was written
     std::vector<std::uint64_t> region_bytes;
-    bool relayed = false;  ///< from a monitor whose peer this one is: what it brings or asks for goes no further
-    std::string device;    ///< whose memory the regions are: a GPU, by its UUID in 32 hexadecimal digits; empty: the host's (memfd)
+    bool relayed = false;                   ///< from a monitor whose peer this one is: what it brings or asks for goes no further
+    std::uint64_t durable_interval_ms = 0;  ///< from the begin of a save's write to that of the next; for when_busy::replace
+    std::string device;                     ///< whose memory the regions are: a GPU, by its UUID in 32 hexadecimal digits; empty: the host's (memfd)
 
     static void fields(auto& m, auto& io) {
         io(m.version);
@@ -102,7 +106,7 @@ struct hello {
         io.choice(m.busy, 2);
         io(m.keep, m.keep_every);
         io.choice(m.prepare, 2);
-        io(m.fresh, m.overwrite, m.wait_until_prepared, m.region_bytes, m.relayed, m.device);
+        io(m.fresh, m.overwrite, m.wait_until_prepared, m.region_bytes, m.relayed, m.durable_interval_ms, m.device);
     }
 };
 
@@ -172,6 +176,13 @@ struct goodbye {
 struct pong {
     static constexpr auto type = message::pong;
     static void fields(auto&, auto&) {}
+};
+
+/// The trainer waits for its saves, so that none is to be held back, or no longer.
+struct drain {
+    static constexpr auto type = message::drain;
+    bool on = false;
+    static void fields(auto& m, auto& io) { io(m.on); }
 };
 
 // ---- from the monitor ----
@@ -269,8 +280,8 @@ struct ping {
 template <class F>
 constexpr bool with_message(message type, F&& f) {
     auto among = [&]<class... M>() { return ((M::type == type && (f(std::type_identity<M>{}), true)) || ...); };
-    return among.template operator()<hello, begin, block_ref, block_data, commit, abandon, fetch, status, goodbye, pong, welcome, credit, release,
-                                     crash_safe, durable, failed, image, image_data, status_reply, refusal, ping>();
+    return among.template operator()<hello, begin, block_ref, block_data, commit, abandon, fetch, status, goodbye, pong, drain, welcome, credit,
+                                     release, crash_safe, durable, failed, image, image_data, status_reply, refusal, ping>();
 }
 
 constexpr peer sender_of(message type) noexcept { return type < message::welcome ? peer::trainer : peer::monitor; }
