@@ -8,7 +8,7 @@
 #include <string>
 #include <utility>
 
-#include "varve/cuda/detail/node_memory.hpp"
+#include "varve/cuda/detail/paged_memory.hpp"
 #include "varve/cuda/error.hpp"
 
 namespace varve::cuda {
@@ -29,23 +29,36 @@ public:
             *this = page_locked(size_bytes);
             return;
         }
-        bound_ = detail::node_memory(size_bytes, numa_node);
-        throw_if(::cudaHostRegister(bound_.data(), size_bytes, cudaHostRegisterPortable),
+        own_ = detail::paged_memory(size_bytes, numa_node);
+        throw_if(::cudaHostRegister(own_.data(), whole_pages(size_bytes), cudaHostRegisterPortable),
                  "cannot page-lock " + std::to_string(size_bytes) + " bytes of NUMA node " + std::to_string(numa_node));
-        data_ = bound_.data();
+        data_ = own_.data();
         size_bytes_ = size_bytes;
     }
+    /// The same for what is waited for: a few MB in huge pages, which are there in a fraction of the time that CUDA's own takes.
+    static page_locked in_huge_pages(std::size_t size_bytes) {
+        page_locked out;
+        out.own_ = detail::paged_memory(size_bytes);
+        auto const refused = code_of(::cudaHostRegister(out.own_.data(), whole_pages(size_bytes), cudaHostRegisterPortable));
+        if (!refused) {
+            out.data_ = out.own_.data();
+            out.size_bytes_ = size_bytes;
+            return out;
+        }
+        if (refused != std::errc::not_enough_memory) return page_locked(size_bytes);
+        throw error(refused, "cannot page-lock " + std::to_string(size_bytes) + " bytes: " + refused.message());
+    }
     page_locked(page_locked&& other) noexcept
-        : data_(std::exchange(other.data_, nullptr)), size_bytes_(other.size_bytes_), bound_(std::move(other.bound_)) {}
+        : data_(std::exchange(other.data_, nullptr)), size_bytes_(other.size_bytes_), own_(std::move(other.own_)) {}
     page_locked& operator=(page_locked&& other) noexcept {
         std::swap(data_, other.data_);
         std::swap(size_bytes_, other.size_bytes_);
-        std::swap(bound_, other.bound_);
+        std::swap(own_, other.own_);
         return *this;
     }
     ~page_locked() {
         if (!data_) return;
-        if (bound_.data())
+        if (own_.data())
             ::cudaHostUnregister(data_);
         else
             ::cudaFreeHost(data_);
@@ -55,9 +68,11 @@ public:
     std::span<std::byte> bytes() const noexcept { return {data_, size_bytes_}; }
 
 private:
+    static constexpr std::size_t whole_pages(std::size_t size_bytes) noexcept { return (size_bytes + 4095) / 4096 * 4096; }
+
     std::byte* data_ = nullptr;
     std::size_t size_bytes_ = 0;
-    detail::node_memory bound_;  ///< what data_ is, where it is bound to a node
+    detail::paged_memory own_;  ///< what data_ is, where it is not CUDA's
 };
 
 /// Page-locks memory of somebody else's, such as a shared mapping, for as long as it lives.

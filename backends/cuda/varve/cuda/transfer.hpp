@@ -166,7 +166,7 @@ private:
         std::unique_lock lock(mutex_);
         if (free_.empty() && may_allocate_ && own_.size() < most_pieces) {
             try {
-                own_.emplace_back(piece_bytes);
+                own_.push_back(page_locked::in_huge_pages(piece_bytes));
                 return piece{own_.back().bytes(), {}};
             } catch (error const&) {
                 // With those that there are it takes longer.

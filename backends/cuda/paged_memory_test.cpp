@@ -5,7 +5,7 @@
 #include <fstream>
 
 #include "device_model.hpp"
-#include "varve/cuda/detail/node_memory.hpp"
+#include "varve/cuda/detail/paged_memory.hpp"
 #include "varve/scheduling/async.hpp"
 
 namespace {
@@ -26,7 +26,7 @@ int some_node() {
     int node = 0;
     file >> node;
     try {
-        varve::cuda::detail::node_memory memory(4096, node);
+        varve::cuda::detail::paged_memory memory(4096, node);
         memory.data()[0] = std::byte{1};
         return node;
     } catch (varve::error const& e) {
@@ -37,12 +37,12 @@ int some_node() {
 
 }  // namespace
 
-BOOST_AUTO_TEST_SUITE(cuda_node_memory)
+BOOST_AUTO_TEST_SUITE(cuda_paged_memory)
 
 BOOST_AUTO_TEST_CASE(memory_of_a_node_lies_there) {
     int const node = some_node();
     if (node < 0) return;
-    varve::cuda::detail::node_memory memory(3 * block, node);
+    varve::cuda::detail::paged_memory memory(3 * block, node);
     std::memset(memory.data(), 1, 3 * block);
     BOOST_TEST(node_of(memory.data()) == node);
     BOOST_TEST(node_of(memory.data() + 3 * block - 1) == node);
@@ -50,10 +50,37 @@ BOOST_AUTO_TEST_CASE(memory_of_a_node_lies_there) {
     BOOST_TEST((memory.data() == nullptr && moved.data()[3 * block - 1] == std::byte{1}));
 }
 
+BOOST_AUTO_TEST_CASE(memory_of_any_node_begins_where_a_page_does_and_if_large_where_a_huge_one_does) {
+    using varve::cuda::detail::paged_memory;
+    for (std::size_t size : {std::size_t{1}, std::size_t{4097}, paged_memory::huge_bytes, 2 * paged_memory::huge_bytes + 8192}) {
+        paged_memory memory(size);
+        std::memset(memory.data(), 1, size);
+        BOOST_TEST(reinterpret_cast<std::uintptr_t>(memory.data()) % (size < paged_memory::huge_bytes ? 4096 : paged_memory::huge_bytes) == 0u);
+        paged_memory moved(std::move(memory));
+        memory = std::move(moved);
+        BOOST_TEST((moved.data() == nullptr && memory.data()[size - 1] == std::byte{1}));
+    }
+    BOOST_CHECK_EXCEPTION(paged_memory(std::size_t{1} << 62), varve::error, [](auto const& e) { return e.code() == std::errc::not_enough_memory; });
+}
+
+BOOST_AUTO_TEST_CASE(page_locked_memory_of_any_size_is_what_a_gpu_copies_to) {
+    if (!have_gpu()) return;
+    for (std::size_t size : {std::size_t{4}, std::size_t{2u << 20}, std::size_t{(5u << 20) + 12}}) {
+        auto memory = varve::cuda::page_locked::in_huge_pages(size);
+        BOOST_TEST(memory.bytes().size() == size);
+        cudaPointerAttributes about{};
+        expect(::cudaPointerGetAttributes(&about, memory.data() + size - 1));
+        BOOST_TEST((about.type == cudaMemoryTypeHost));
+        BOOST_TEST((about.devicePointer == memory.data() + size - 1));
+        auto const moved = std::move(memory);
+        std::memset(moved.data(), 3, size);
+    }
+}
+
 BOOST_AUTO_TEST_CASE(a_node_that_is_not_there_is_named) {
     if (some_node() < 0) return;
     for (int node : {-5, 1023, 1024, 100'000})
-        BOOST_CHECK_EXCEPTION(varve::cuda::detail::node_memory(block, node), varve::error, [&](auto const& e) {
+        BOOST_CHECK_EXCEPTION(varve::cuda::detail::paged_memory(block, node), varve::error, [&](auto const& e) {
             return e.code() == std::errc::invalid_argument && std::string(e.what()).find("NUMA node " + std::to_string(node)) != std::string::npos;
         });
 }
