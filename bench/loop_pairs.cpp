@@ -8,8 +8,15 @@
 // One line of JSON for each method: the loop's ratio (median, and the interval that holds the true one with a probability of 95%), and what the
 // processor did meanwhile, in milliseconds a step, with and without saves: how long the training's threads ran, and how long they
 // stood ready while others ran; and with saves each thread by its name, as the kernel has it.
+//
+// --methods disk: nothing is saved; in place of the saves a thread overwrites a file, 8 MiB after 8 MiB, past the page cache: what the disk
+// costs the loop, whoever fills it.
 
+#include <fcntl.h>
+#include <unistd.h>
 #include <algorithm>
+#include <atomic>
+#include <cerrno>
 #include <chrono>
 #include <cstdint>
 #include <exception>
@@ -19,7 +26,9 @@
 #include <map>
 #include <memory>
 #include <optional>
+#include <stop_token>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -34,6 +43,9 @@
 #include "settings.hpp"
 #include "step_loop.hpp"
 #include "trainer.hpp"
+#include "varve/detail/aligned_bytes.hpp"
+#include "varve/error.hpp"
+#include "varve/system.hpp"
 
 namespace {
 
@@ -69,6 +81,50 @@ std::map<std::string, double> ran_by_name() {
     return out;
 }
 
+/// A thread that overwrites a file for as long as it is told to.
+class disk_writer {
+public:
+    explicit disk_writer(std::filesystem::path file) : file_(std::move(file)) {
+        std::filesystem::create_directories(file_.parent_path());
+        std::ranges::fill(content_.bytes(), std::byte{7});
+        fd_ = {::open(file_.c_str(), O_RDWR | O_CREAT | O_DIRECT | O_CLOEXEC, 0600), varve::system_calls::kernel()};
+        for (std::size_t i = 0; i < pieces; ++i) write(i);
+        if (!fd_ || ::fsync(fd_.get()) != 0) varve::throw_if(varve::last_system_error(errno), file_.string());
+        thread_ = std::jthread([this](std::stop_token stop) {
+            for (std::size_t i = 0; !stop.stop_requested(); ++i) {
+                writes_.wait(false);
+                write(i % pieces);
+            }
+        });
+    }
+    ~disk_writer() {
+        thread_.request_stop();
+        set(true);
+        thread_.join();
+        std::filesystem::remove(file_);
+    }
+    void set(bool writes) {
+        writes_ = writes;
+        writes_.notify_one();
+    }
+    std::uint64_t written_bytes() const { return written_bytes_; }
+
+private:
+    static constexpr std::size_t piece_bytes = 8u << 20, pieces = 128;
+
+    void write(std::size_t i) {
+        auto const n = ::pwrite(fd_.get(), content_.data(), piece_bytes, static_cast<off_t>(i * piece_bytes));
+        if (n > 0) written_bytes_ += static_cast<std::uint64_t>(n);
+    }
+
+    std::filesystem::path const file_;
+    varve::detail::aligned_bytes content_{piece_bytes};
+    varve::file_descriptor fd_;
+    std::atomic<bool> writes_ = false;
+    std::atomic<std::uint64_t> written_bytes_ = 0;
+    std::jthread thread_;
+};
+
 /// Of one half, in ms a step.
 struct half {
     double loop_ms = 0, in_calls_ms = 0, training_ran_ms = 0, training_ready_ms = 0, others_ran_ms = 0;
@@ -85,7 +141,24 @@ public:
         training_ = threads_of_this_process();
     }
 
+    json run_with_disk() {
+        disk_writer disk(settings_.checkpoint_dir() / "loop_pairs.disk");
+        auto const before = disk.written_bytes();
+        double busy_ms = 0;
+        auto out = alternate("disk", [&](bool writes) {
+            auto const start = clock::now();
+            disk.set(writes);
+            auto const h = stretch(nullptr, false);
+            disk.set(false);
+            if (writes) busy_ms += seconds(clock::now() - start) * 1e3;
+            return h;
+        });
+        out["write_gb_per_s"] = static_cast<double>(disk.written_bytes() - before) / busy_ms / 1e6;
+        return out;
+    }
+
     json run(std::string const& name) {
+        if (name == "disk") return run_with_disk();
         auto m = method_settings_of(settings_, observers_);
         m.dir = settings_.checkpoint_dir() / "loop_pairs";
         m.fresh = m.overwrite = m.wait_for_preparation = true;
@@ -100,18 +173,27 @@ public:
         std::erase_if(others_, [&](int id) { return std::count(training_.begin(), training_.end(), id) > 0; });
         tickets_.clear();
         ran_.clear();
-        std::vector<half> with, without;
-        std::vector<double> ratios;
-        for (std::uint64_t pair = 0; pair < settings_.run.repeat; ++pair) {
-            for (bool const saves : {pair % 2 == 0, pair % 2 != 0}) (saves ? with : without).push_back(stretch(*method, saves));
-            ratios.push_back(with.back().loop_ms / without.back().loop_ms);
-        }
+        auto out = alternate(name, [&](bool saves) { return stretch(method.get(), saves); });
         auto const durable = std::ranges::count_if(tickets_, [](auto const& t) { return !t.durable().wait(); });
         auto const crash_safe = std::ranges::count_if(tickets_, [](auto const& t) { return !t.crash_safe().wait(); });
         method.reset();
         if (monitor) monitor->end();
         std::filesystem::remove_all(m.dir);
-        for (auto& [thread, ms] : ran_) ms /= static_cast<double>(with.size() * settings_.training.num_steps);
+        for (auto& [thread, ms] : ran_) ms /= static_cast<double>(settings_.run.repeat * settings_.training.num_steps);
+        out.update({{"ran_ms", ran_}, {"saves", tickets_.size()}, {"crash_safe", crash_safe}, {"durable", durable}});
+        return out;
+    }
+
+private:
+    /// Pairs of halves, the one and the other first in turn.
+    template <class Half>
+    json alternate(std::string const& name, Half half_of) {
+        std::vector<half> with, without;
+        std::vector<double> ratios;
+        for (std::uint64_t pair = 0; pair < settings_.run.repeat; ++pair) {
+            for (bool const saves : {pair % 2 == 0, pair % 2 != 0}) (saves ? with : without).push_back(half_of(saves));
+            ratios.push_back(with.back().loop_ms / without.back().loop_ms);
+        }
         auto const verdict = reporting::judge(std::move(ratios));
         auto each = [&](double half::* value) {
             auto of = [&](std::vector<half> const& halves) {
@@ -131,34 +213,31 @@ public:
                 {"in_calls_ms", each(&half::in_calls_ms)},
                 {"training_threads_ran_ms", each(&half::training_ran_ms)},
                 {"training_threads_ready_ms", each(&half::training_ready_ms)},
-                {"other_threads_ran_ms", each(&half::others_ran_ms)},
-                {"ran_ms", ran_},
-                {"saves", tickets_.size()},
-                {"crash_safe", crash_safe},
-                {"durable", durable}};
+                {"other_threads_ran_ms", each(&half::others_ran_ms)}};
     }
 
-private:
-    half stretch(running_method& method, bool saves) {
+    /// `method` may be null where nothing is saved.
+    half stretch(running_method* method, bool saves) {
         auto const steps = settings_.training.num_steps, freq = settings_.training.checkpoint_freq;
         auto step = [&](std::uint64_t i) {
             auto const loss = trainer_->forward_backward(++step_);
             // In the middle of what would be between two of them, so that a half has all of a save's work.
-            if (auto t = update_and_save(*trainer_, &method, step_, saves && i % freq == freq / 2, loss)) tickets_.push_back(*t);
+            if (auto t = update_and_save(*trainer_, method, step_, saves && i % freq == freq / 2, loss)) tickets_.push_back(*t);
         };
         // With a save in every step the last one's work comes behind the half, and that of the save before it stands for it.
         if (freq == 1) step(0);
         trainer_->wait_for_steps();
         auto const names_before = ran_by_name();
         processor_time const training_before(training_), others_before(others_);
-        auto const calls_before_ns = method.stalls().total_ns;
+        auto const calls_ns = [&] { return method ? method->stalls().total_ns : 0; };
+        auto const calls_before_ns = calls_ns();
         auto const start = clock::now();
         for (std::uint64_t i = 1; i <= steps; ++i) step(i);
         // Not for the device: the copies of a save that is on its way are no part of the loop.
         trainer_->wait_for_steps();
         auto const per_step = [&](double ms) { return ms / static_cast<double>(steps); };
         half h{.loop_ms = per_step(seconds(clock::now() - start) * 1e3),
-               .in_calls_ms = per_step(static_cast<double>(method.stalls().total_ns - calls_before_ns) / 1e6)};
+               .in_calls_ms = per_step(static_cast<double>(calls_ns() - calls_before_ns) / 1e6)};
         processor_time const training_after(training_), others_after(others_);
         h.training_ran_ms = per_step(training_after.ran - training_before.ran);
         h.training_ready_ms = per_step(training_after.ready - training_before.ready);
@@ -168,7 +247,7 @@ private:
                 auto const before = names_before.find(thread);
                 ran_[thread] += ms - (before == names_before.end() ? 0 : before->second);
             }
-        method.drain();
+        if (method) method->drain();
         return h;
     }
 
