@@ -158,9 +158,12 @@ run_bench() {
         ;;
     pairs-every-step | pairs-monitor)
         more=(--checkpoint-freq 1 --when-busy replace --methods "$staging+async+io_uring" layerwise)
-        if [[ $name == pairs-monitor ]]; then # each is crash-safe, the disk gets what it can take
+        if [[ $name == pairs-monitor ]]; then # each is crash-safe: the disk gets one a second, or what it can take; and what the disk alone costs
             [[ -n $(runnable layerwise-monitor) ]] || { say "  no monitor in this build"; return 1; }
-            loop_pairs pairs-monitor 250 "${standard[@]}" --use-monitor --num-steps 10 "${more[@]}" || status=1
+            [[ $device == cpu || -z $(runnable gds+async+cufile) ]] || more=("${more[@]::5}" gds+async+cufile gds+layerwise+cufile)
+            loop_pairs pairs-monitor-interval 400 "${standard[@]}" --use-monitor --durable-interval 1 --num-steps 80 "${more[@]}" || status=1
+            loop_pairs pairs-monitor 120 "${standard[@]}" --use-monitor --num-steps 10 "${more[@]}" || status=1
+            loop_pairs pairs-disk 90 "${standard[@]}" --num-steps 10 "${more[@]::4}" --methods disk || status=1
         else
             loop_pairs pairs-every-step-standard 250 "${standard[@]}" --num-steps 10 "${more[@]}" || status=1
             loop_pairs pairs-every-step-large 250 "${large[@]}" --num-steps 20 "${more[@]}" || status=1

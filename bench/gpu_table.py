@@ -192,7 +192,7 @@ def targets(m):
         if layerwise and bases:
             add(f'large: throughput over {SHORT[key]} (the faster of {len(bases)})', min(bases) / layerwise, factor, True)
     for name, limit in (('pairs-standard', 1.01), ('pairs-large50', 1.01), ('pairs-every-step-standard', 1.03), ('pairs-every-step-large', 1.05),
-                        ('pairs-monitor', 1.03)):
+                        ('pairs-monitor-interval', 1.03), ('pairs-monitor', 1.03), ('pairs-disk', None)):
         for r in m.pairs.get(name, []):
             low, high = r['interval_95']
             add(f'{name}: {r["method"]} loop over none ({r["pairs"]} pairs, {low:.4f} to {high:.4f})', r['loop_over_none'], limit)

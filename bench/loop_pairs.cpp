@@ -88,12 +88,17 @@ public:
         std::filesystem::create_directories(file_.parent_path());
         std::ranges::fill(content_.bytes(), std::byte{7});
         fd_ = {::open(file_.c_str(), O_RDWR | O_CREAT | O_DIRECT | O_CLOEXEC, 0600), varve::system_calls::kernel()};
-        for (std::size_t i = 0; i < pieces; ++i) write(i);
-        if (!fd_ || ::fsync(fd_.get()) != 0) varve::throw_if(varve::last_system_error(errno), file_.string());
+        bool whole = static_cast<bool>(fd_);
+        for (std::size_t i = 0; i < pieces && whole; ++i) whole = write(i);
+        if (!whole || ::fsync(fd_.get()) != 0) {
+            auto const why = varve::last_system_error(errno);
+            remove();
+            varve::throw_if(why, file_.string());
+        }
         thread_ = std::jthread([this](std::stop_token stop) {
             for (std::size_t i = 0; !stop.stop_requested(); ++i) {
                 writes_.wait(false);
-                write(i % pieces);
+                if (!write(i % pieces)) failed_ = true;
             }
         });
     }
@@ -101,26 +106,35 @@ public:
         thread_.request_stop();
         set(true);
         thread_.join();
-        std::filesystem::remove(file_);
+        remove();
     }
     void set(bool writes) {
         writes_ = writes;
         writes_.notify_one();
     }
-    std::uint64_t written_bytes() const { return written_bytes_; }
+    std::uint64_t written_bytes() const {
+        if (failed_) throw varve::error(std::make_error_code(std::errc::io_error), file_.string() + ": a write has failed");
+        return written_bytes_;
+    }
 
 private:
     static constexpr std::size_t piece_bytes = 8u << 20, pieces = 128;
 
-    void write(std::size_t i) {
+    bool write(std::size_t i) {
         auto const n = ::pwrite(fd_.get(), content_.data(), piece_bytes, static_cast<off_t>(i * piece_bytes));
         if (n > 0) written_bytes_ += static_cast<std::uint64_t>(n);
+        if (n >= 0) errno = EIO;  // of a short one
+        return n == static_cast<ssize_t>(piece_bytes);
+    }
+    void remove() noexcept {
+        std::error_code gone_already;
+        std::filesystem::remove(file_, gone_already);
     }
 
     std::filesystem::path const file_;
     varve::detail::aligned_bytes content_{piece_bytes};
     varve::file_descriptor fd_;
-    std::atomic<bool> writes_ = false;
+    std::atomic<bool> writes_ = false, failed_ = false;
     std::atomic<std::uint64_t> written_bytes_ = 0;
     std::jthread thread_;
 };
@@ -143,6 +157,7 @@ public:
 
     json run_with_disk() {
         disk_writer disk(settings_.checkpoint_dir() / "loop_pairs.disk");
+        note_other_threads();
         auto const before = disk.written_bytes();
         double busy_ms = 0;
         auto out = alternate("disk", [&](bool writes) {
@@ -153,7 +168,10 @@ public:
             if (writes) busy_ms += seconds(clock::now() - start) * 1e3;
             return h;
         });
-        out["write_gb_per_s"] = static_cast<double>(disk.written_bytes() - before) / busy_ms / 1e6;
+        out.update({{"write_gb_per_s", static_cast<double>(disk.written_bytes() - before) / busy_ms / 1e6},
+                    {"saves", 0},
+                    {"crash_safe", 0},
+                    {"durable", 0}});
         return out;
     }
 
@@ -169,8 +187,7 @@ public:
             m.monitor = monitor->use();
         }
         auto method = entry.start(trainer_->training(), m);
-        others_ = threads_of_this_process();
-        std::erase_if(others_, [&](int id) { return std::count(training_.begin(), training_.end(), id) > 0; });
+        note_other_threads();
         tickets_.clear();
         ran_.clear();
         auto out = alternate(name, [&](bool saves) { return stretch(method.get(), saves); });
@@ -185,6 +202,11 @@ public:
     }
 
 private:
+    void note_other_threads() {
+        others_ = threads_of_this_process();
+        std::erase_if(others_, [&](int id) { return std::count(training_.begin(), training_.end(), id) > 0; });
+    }
+
     /// Pairs of halves, the one and the other first in turn.
     template <class Half>
     json alternate(std::string const& name, Half half_of) {
