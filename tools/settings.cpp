@@ -219,7 +219,9 @@ void check_monitor(settings const& s, settings_command command) {
         throw usage_error("--peer goes with --use-monitor: a monitor that runs already has its own");
     auto const methods = command == settings_command::train ? std::vector{s.command.method} : s.run.methods;
     if (s.run.durable_interval > 0) {
-        bool const monitored = s.wants_monitor() || std::ranges::any_of(methods, [](auto const& m) { return m.ends_with("-monitor"); });
+        bool const monitored = s.wants_monitor() || std::ranges::any_of(tool::methods(), [&](auto const& m) {
+                                   return m.needs_monitor && std::ranges::find(methods, m.name) != methods.end();
+                               });
         if (!monitored || busy_mode(s) != when_busy::replace)
             throw usage_error("--durable-interval goes with a monitor and --when-busy replace: what waits for the disk gives way to the next save");
         for (auto const& m : methods)

@@ -199,9 +199,7 @@ std::vector<option_spec> make_specs() {
         train_only(whole("linger", "run", in_run(&r::linger), 0, million,
                          "seconds that a monitor started here keeps the newest checkpoint in memory when this process dies")),
         real("durable-interval", in_run(&r::durable_interval), 0, 1e6,
-             "with a monitor and --when-busy replace: seconds from one write to the disk to the next, 0: off; all saves are crash-safe, those "
-             "between give "
-             "way"),
+             "with a monitor and --when-busy replace: seconds from one write to the disk to the next, 0: off; every save is crash-safe"),
         text("events", "run", "FILE", in_run(&r::events), "append one JSON object a line for every milestone"),
         bench_only(toggle("dry-run", "", in_command(&c::dry_run), "print sizes and the plan; do nothing")),
         bench_only(toggle("list", "", in_command(&c::list), "list methods and combinations, and what cannot run here")),

@@ -83,8 +83,13 @@ std::uint64_t block_bytes_of(method_settings const& s, bool by_layer, std::uint6
     return std::clamp<std::uint64_t>(s.buffer_bytes / block_unit_bytes * block_unit_bytes, block_unit_bytes, best_bytes);
 }
 
+/// Where no size is asked for, in whole blocks.
+std::uint64_t usual_pool_bytes(method_settings const& s, std::uint64_t image_bytes, std::uint64_t block_bytes, pool_place place) {
+    return default_pool_bytes((image_bytes + block_bytes - 1) / block_bytes * block_bytes, place, s.busy);
+}
+
 std::uint64_t wanted_pool_bytes(method_settings const& s, std::uint64_t image_bytes, std::uint64_t block_bytes, pool_place place) {
-    return s.pool_bytes != 0 ? s.pool_bytes : default_pool_bytes((image_bytes + block_bytes - 1) / block_bytes * block_bytes, place, s.busy);
+    return s.pool_bytes != 0 ? s.pool_bytes : usual_pool_bytes(s, image_bytes, block_bytes, place);
 }
 
 /// Puts the parts together: the block's size follows from the sink and --buffer-size-mb, the pool's from the image and where it
@@ -166,7 +171,8 @@ std::unique_ptr<running_method> start_with_monitor(libtorch::training_state& tra
         block_bytes_of(s, by_layer, std::clamp<std::uint64_t>(image_bytes / 8 / block_unit_bytes * block_unit_bytes, 8u << 20, largest_bytes));
     auto pool_bytes = wanted_pool_bytes(s, image_bytes, block_bytes, pool_place::monitor);
     if (!on_gpu) pool_bytes = std::min(pool_bytes, largest_pool_bytes());
-    if (auto const least_bytes = 3 * ((image_bytes + block_bytes - 1) / block_bytes * block_bytes);
+    // That is three images: one is held back, or written, and one is the newest, while the next comes.
+    if (auto const least_bytes = usual_pool_bytes(s, image_bytes, block_bytes, pool_place::monitor);
         s.durable_interval.count() > 0 && where.is_unix() && pool_bytes < least_bytes)
         throw usage_error("--durable-interval takes room for three checkpoints in the pool, --pool-size-mb " +
                           std::to_string(least_bytes / 1'000'000 + 1) + "; here it has " + std::to_string(pool_bytes / 1'000'000) + " MB" +

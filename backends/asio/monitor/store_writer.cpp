@@ -79,6 +79,8 @@ void held_store::run() {
         pool_ = {};
         return hooks_.not_opened(*refused);
     }
+    if (hello_.durable_interval_ms > 0 && !keeps_newest_ && hooks_.log)
+        hooks_.log(path_.string() + ": no room for three checkpoints in memory: the disk gets what it can take, whatever the interval");
     std::unique_lock lock(mutex_);
     open_ = true;
     opened_store found;
@@ -88,11 +90,6 @@ void held_store::run() {
         found.durable_sequence = counts_.durable_sequence = all.front().sequence;
     }
     hooks_.opened(found);
-    if (hello_.durable_interval_ms > 0 && !keeps_newest_ && hooks_.log) {
-        lock.unlock();
-        hooks_.log(path_.string() + ": no room for three checkpoints in memory: the disk gets what it can take, whatever the interval");
-        lock.lock();
-    }
     for (;;) {
         if (work_on_current(lock)) continue;
         bool const held_back = !current_ && holds_back();

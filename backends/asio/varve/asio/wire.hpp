@@ -178,7 +178,7 @@ struct pong {
     static void fields(auto&, auto&) {}
 };
 
-/// The trainer waits for its saves, so that none is to be held back, or no longer.
+/// On: the trainer waits for its saves, and none is to be held back; off: it waits no longer.
 struct drain {
     static constexpr auto type = message::drain;
     bool on = false;
