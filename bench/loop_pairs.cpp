@@ -182,11 +182,9 @@ public:
         m.fresh = m.overwrite = m.wait_for_preparation = true;
         auto const& entry = runnable_method(name);
         std::optional<monitor_of_run> monitor;
-        if (entry.needs_monitor || (entry.takes_monitor && settings_.wants_monitor())) {
+        if (entry.has_monitor(settings_.wants_monitor()))
             monitor.emplace(settings_, m.dir, 0, [](std::string const& line) { std::cerr << line << '\n'; }, monitor_of_run::name_of_its_own(m.dir));
-            m.monitor = monitor->use();
-        }
-        auto method = entry.start(trainer_->training(), m);
+        auto method = monitor ? monitor->start(entry, trainer_->training(), m) : entry.start(trainer_->training(), m);
         note_other_threads();
         tickets_.clear();
         ran_.clear();

@@ -76,7 +76,7 @@ public:
     json run() {
         auto trainer = make_trainer(settings_);
         auto const setup_start = clock::now();
-        if (entry_ && entry_->takes_monitor && (settings_.wants_monitor() || entry_->needs_monitor))
+        if (entry_ && entry_->has_monitor(settings_.wants_monitor()))
             monitor_.emplace(
                 settings_, store_, 0, [this](std::string const& line) { progress_.line(line); }, monitor_of_run::name_of_its_own(store_));
         auto method = start_to_train(*trainer);
@@ -118,13 +118,16 @@ private:
         auto m = settings_of_method();
         m.wait_for_preparation = m.prepare != prepare_mode::none;
         // Here the store was emptied; where it is a name at a monitor, this run's first checkpoint does it.
-        m.fresh = m.overwrite = m.monitor && m.monitor->address.starts_with("tcp:");
-        return entry_->start(t.training(), m);
+        m.fresh = m.overwrite = monitor_ && monitor_->is_over_tcp();
+        return start(t, m);
     }
     std::unique_ptr<running_method> start_to_restore(trainer& t) {
         auto m = settings_of_method();
         m.prepare = prepare_mode::none;
-        return entry_->start(t.training(), m);
+        return start(t, m);
+    }
+    std::unique_ptr<running_method> start(trainer& t, method_settings const& m) {
+        return monitor_ ? monitor_->start(*entry_, t.training(), m) : entry_->start(t.training(), m);
     }
     method_settings settings_of_method() {
         auto m = method_settings_of(settings_, observers_);
@@ -134,7 +137,6 @@ private:
         // No more files are written ahead than checkpoints will be.
         m.keep =
             std::min(m.keep, static_cast<std::size_t>(std::max<std::uint64_t>(1, settings_.training.num_steps / settings_.training.checkpoint_freq)));
-        if (monitor_) m.monitor = monitor_->use();
         return m;
     }
 

@@ -67,7 +67,7 @@ std::string describe_pool(settings const& s) {
     for (auto const& name : s.run.methods) {
         if (name == "none") continue;
         auto const& m = runnable_method(name);
-        bool const monitored = m.needs_monitor || (m.takes_monitor && s.wants_monitor());
+        bool const monitored = m.has_monitor(s.wants_monitor());
         (!monitored ? without : name.starts_with("gds+") ? in_gpu : with) = true;
     }
     std::uint64_t const no_limit = std::numeric_limits<std::uint64_t>::max();

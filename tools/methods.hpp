@@ -112,6 +112,9 @@ struct method_entry {
     bool takes_monitor = false;  ///< whether a monitor can own its store
     bool needs_monitor = false;  ///< it is a comparison's "with the monitor"
     std::function<std::unique_ptr<running_method>(libtorch::training_state&, method_settings)> start;
+
+    /// Whether it runs with one; `asked`: settings::wants_monitor().
+    bool has_monitor(bool asked) const { return needs_monitor || (takes_monitor && asked); }
 };
 
 /// Every method and combination that the tool knows, the documented ones first ("none" is the trainer's own: no entry).

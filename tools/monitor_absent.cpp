@@ -19,7 +19,8 @@ monitor_of_run::monitor_of_run(settings const&, std::filesystem::path const&, st
     throw usage_error(not_built);
 }
 monitor_of_run::~monitor_of_run() = default;
-std::shared_ptr<monitor_use const> monitor_of_run::use() const { return nullptr; }
+std::unique_ptr<running_method> monitor_of_run::start(method_entry const&, libtorch::training_state&, method_settings) { return nullptr; }
+bool monitor_of_run::is_over_tcp() const { return false; }
 bool monitor_of_run::is_external() const { return false; }
 void monitor_of_run::end() {}
 

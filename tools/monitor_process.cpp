@@ -119,20 +119,32 @@ public:
         std::lock_guard lock(mutex_);
         if (external_ || over_) return;
         over_ = true;
+        if (!method_started_) {
+            found_ = false;
+            if (child_ > 0) ::kill(child_, SIGTERM);
+        }
         // Our goodbye was its last word; what is crash-safe is committed first.
         for (auto const until = clock::now() + end_limit; clock::now() < until; std::this_thread::sleep_for(std::chrono::milliseconds(5))) {
             reap(false);
             if (child_ <= 0 && (!found_ || !is_there())) break;
         }
-        if (child_ > 0) {
+        // A second SIGTERM would end it whatever it holds.
+        if (child_ > 0 && method_started_) {
             ::kill(child_, SIGTERM);
             reap(true);
         }
         if (made_folder_) ::rmdir(where_.path.parent_path().c_str());  // others' sockets keep it
     }
 
+    /// Another run of this store came first: what was started here is that one's now, and ends with it.
+    void let_go() noexcept {
+        std::lock_guard lock(mutex_);
+        child_ = -1;
+    }
+
     std::shared_ptr<monitor_use> use_;
     bool external_ = false;
+    bool method_started_ = false;
 
 private:
     bool is_there() const noexcept try {
@@ -221,7 +233,18 @@ std::string monitor_of_run::name_of_its_own(std::filesystem::path const& store) 
     auto const folder = detail::absolute_folder(store);
     return folder.filename().string() + "-" + digest_of(std::string(host) + "\n" + folder.string());
 }
-std::shared_ptr<monitor_use const> monitor_of_run::use() const { return impl_->use_; }
+std::unique_ptr<running_method> monitor_of_run::start(method_entry const& entry, libtorch::training_state& training, method_settings s) {
+    s.monitor = impl_->use_;
+    try {
+        auto method = entry.start(training, std::move(s));
+        impl_->method_started_ = true;
+        return method;
+    } catch (error const& e) {
+        if (e.code() == errc::store_locked) impl_->let_go();
+        throw;
+    }
+}
+bool monitor_of_run::is_over_tcp() const { return impl_->use_->address.starts_with("tcp:"); }
 bool monitor_of_run::is_external() const { return impl_->external_; }
 void monitor_of_run::end() { impl_->end(); }
 

@@ -27,11 +27,14 @@ public:
     /// A name that no run has but one of this machine in that folder.
     static std::string name_of_its_own(std::filesystem::path const& store);
 
-    /// For method_settings; good as long as this.
-    std::shared_ptr<monitor_use const> use() const;
+    /// The method, with its store at the monitor; good as long as this. Throws as the entry's own start does.
+    std::unique_ptr<running_method> start(method_entry const& entry, libtorch::training_state& training, method_settings s);
+    /// Whether it is reached over TCP: the store is a name there, no folder here.
+    bool is_over_tcp() const;
     /// Whether it was here before: it goes on afterwards.
     bool is_external() const;
-    /// Call it once the method is gone: waits until the monitor that was started has ended with it.
+    /// Call it once the method is gone: waits until the monitor has ended with it. Where no method was started, a monitor that was
+    /// started for it ends at once, and one that was found is left alone.
     void end();
 
 private:

@@ -51,7 +51,7 @@ public:
 
     int run() {
         auto trainer = make_trainer(settings_);
-        if (settings_.wants_monitor() || entry_.needs_monitor)
+        if (entry_.has_monitor(settings_.wants_monitor()))
             monitor_.emplace(settings_, settings_.command.dir, settings_.run.linger, [this](std::string const& line) { progress_.line(line); });
         auto method = start(*trainer);
         take_over_bench_store(settings_.command.dir);
@@ -87,8 +87,7 @@ private:
         m.made_by = "varve train";
         m.fresh = settings_.command.fresh;
         m.overwrite = settings_.command.overwrite;
-        if (monitor_) m.monitor = monitor_->use();
-        return entry_.start(t.training(), m);
+        return monitor_ ? monitor_->start(entry_, t.training(), m) : entry_.start(t.training(), m);
     }
 
     /// Returns the step that the state stands for now, 0 for a run that begins.
