@@ -11,6 +11,7 @@
 
 #include "comes_to.hpp"
 #include "fake_monitors_trainer.hpp"
+#include "gate.hpp"
 
 namespace {
 
@@ -57,6 +58,38 @@ BOOST_FIXTURE_TEST_CASE(a_monitor_that_dies_fails_what_is_in_flight_and_the_next
     BOOST_TEST(save.begin.save > lost.begin.save);
     c->finish(save, 2);
     BOOST_TEST(!second.durable().wait_for(20s));
+}
+
+BOOST_FIXTURE_TEST_CASE(a_trainer_that_drains_says_so_to_the_monitor_that_takes_over, at_socket) {
+    trainer t(monitor, 3);
+    t.options.durable_interval = 10min;
+    t.checkpointer_options.busy = varve::when_busy::replace;
+    std::future<void> drained;  // outlives the connection that it waits for
+    gate taken_over;
+    std::atomic<bool> there = false;
+    t.options.respawn = [&] {
+        taken_over.pass();
+        monitor.listen();
+        there = true;
+    };
+    auto c = t.start();
+    auto const lost = t.save(1);
+    c->take_save(t.hello);
+    taken_over.close();
+    monitor.die();
+    c.reset();
+    BOOST_TEST(lost.durable().wait_for(20s) == errc::monitor_lost);
+    auto const ticket = t.save(2);
+    drained = std::async(std::launch::async, [&] { t.checkpointer->drain(); });
+    BOOST_TEST((drained.wait_for(300ms) == std::future_status::timeout));
+    taken_over.open();
+    BOOST_TEST_REQUIRE(comes_to([&] { return there.load(); }));
+    c = monitor.accept();
+    c->greet();
+    BOOST_TEST(c->expect<wire::drain>().on);
+    commits(*c, t, ticket, 1);
+    drained.get();
+    BOOST_TEST(!c->expect<wire::drain>().on);
 }
 
 BOOST_FIXTURE_TEST_CASE(a_run_that_begins_with_a_monitor_that_ends_goes_on_with_the_next, at_socket) {
