@@ -142,6 +142,44 @@ BOOST_AUTO_TEST_CASE(a_run_whose_pool_was_in_gpu_memory_goes_on_from_there_too) 
     goes_on_from_memory("gds+async+cufile");
 }
 
+/// Trainers of two GPUs, as ranks have them, each with its pool in the memory of its own.
+BOOST_AUTO_TEST_CASE(a_monitor_keeps_what_killed_trainers_had_in_the_memory_of_two_gpus) {
+    if (!have_tool_gpu() || !have_monitor()) return;
+    if (std::getenv("CUDA_VISIBLE_DEVICES")) return skip("CUDA_VISIBLE_DEVICES says which GPUs are ours");
+    workplace w;
+    w.method = "gds+async+cufile";
+    auto on_gpu = [](char const* index) { ::setenv("CUDA_VISIBLE_DEVICES", index, 1); };
+    auto on_all = [] { ::unsetenv("CUDA_VISIBLE_DEVICES"); };
+    on_gpu("1");
+    bool const two = !runnable({w.method}).empty();
+    on_all();
+    if (!two) return skip("one GPU here, or cuFile is not built");
+    auto const socket = w.folder / "s";
+    running_tool monitor({"monitor", "--dir", w.folder.path().string(), "--unix", socket, "--linger", "600"});
+    BOOST_TEST_REQUIRE(answers({"--unix", socket}));
+    auto go_on = [&](std::string const& store, char const* gpu, std::uint64_t steps) {
+        on_gpu(gpu);
+        auto run = std::make_unique<running_tool>(w.train(store, steps, {"--monitor", "unix:" + socket}));
+        on_all();
+        return run;
+    };
+    for (auto const& run : {go_on("one", "0", 1'000'000), go_on("two", "1", 1'000'000)}) {
+        for (auto const* store : {"one", "two"}) BOOST_TEST_REQUIRE(w.comes(store, "crash_safe", 0, 5));
+        run->signal(SIGKILL);
+    }
+    for (auto const& [store, gpu] : {std::pair("one", "1"), std::pair("two", "0")}) {
+        auto const promised = largest(w.steps(store, "crash_safe"));
+        auto const r = go_on(store, gpu, promised + 5)->wait();
+        BOOST_TEST(r.code == 0, r.err);
+        BOOST_TEST(r.err.find("the monitor's memory") != std::string::npos, r.err);
+        BOOST_TEST(largest(w.steps(store, "restored")) >= promised);
+        trains(w.train(store + std::string("-whole"), promised + 5, {}));
+        same_bits(w, store + std::string("-whole"), store);
+    }
+    monitor.signal(SIGTERM);
+    BOOST_TEST(monitor.ends_within(20s));
+}
+
 BOOST_AUTO_TEST_CASE(what_waits_for_the_disk_is_there_when_the_run_ends_or_is_killed) {
     if (!have_monitor()) return;
     workplace w;

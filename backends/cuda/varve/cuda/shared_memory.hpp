@@ -49,9 +49,10 @@ public:
         file_descriptor descriptor;
     };
 
-    /// Allocates `pool_bytes`, rounded down to whole blocks but at least one. `block_bytes` is a multiple of 2 MiB. Throws error
+    /// Allocates `pool_bytes`, rounded down to whole blocks but at least one. `block_bytes` is a multiple of 2 MiB. `others`:
+    /// further GPUs, by index, that tensors to be staged here lie on; each needs peer access to the calling thread's. Throws error
     /// with the code of CUDA: equal to std::errc::not_enough_memory where the GPU has no more.
-    shared_memory(std::size_t pool_bytes, std::size_t block_bytes) {
+    shared_memory(std::size_t pool_bytes, std::size_t block_bytes, std::span<int const> others = {}) {
         if (block_bytes == 0 || block_bytes % detail::handle_memory::granularity != 0)
             throw error(std::make_error_code(std::errc::invalid_argument), "blocks of GPU memory that is shared are multiples of 2 MiB");
         relaxed_capture relaxed;
@@ -64,11 +65,12 @@ public:
             addresses_.emplace(size_bytes);
             auto* const begin = reinterpret_cast<std::byte*>(addresses_->begin());
             for (auto part : varve::detail::regions_of({begin, size_bytes}, block_bytes)) {
-                auto const& memory = memory_.emplace_back(device, reinterpret_cast<CUdeviceptr>(part.data()), part.size());
+                auto const& memory = memory_.emplace_back(device, others, reinterpret_cast<CUdeviceptr>(part.data()), part.size());
                 regions_.push_back({part, memory.share()});
             }
         } catch (error const& e) {
-            throw error(e.code(), "staging pool of " + std::to_string(size_bytes) + " bytes: " + e.what() + "; give a smaller pool");
+            throw error(e.code(), "staging pool of " + std::to_string(size_bytes) + " bytes: " + e.what() +
+                                      (e.code() == std::errc::not_enough_memory ? "; give a smaller pool" : ""));
         }
     }
 

@@ -7,9 +7,11 @@
 #include <cerrno>
 #include <cstddef>
 #include <cstdint>
+#include <span>
 #include <string>
 #include <system_error>
 #include <utility>
+#include <vector>
 
 #include "varve/cuda/error.hpp"
 #include "varve/error.hpp"
@@ -78,8 +80,9 @@ public:
     static constexpr std::size_t granularity = 2u << 20;
 
     handle_memory() noexcept = default;
-    /// New memory on the device, at an address that was reserved. Throws error.
-    handle_memory(int device, CUdeviceptr at, std::size_t size_bytes) {
+    /// New memory on the device, at an address that was reserved; the others reach it too. Throws error.
+    handle_memory(int device, std::span<int const> others, CUdeviceptr at, std::size_t size_bytes) {
+        auto const access = access_of(device, others);
         CUmemAllocationProp what{};
         what.type = CU_MEM_ALLOCATION_TYPE_PINNED;
         what.location.type = CU_MEM_LOCATION_TYPE_DEVICE;
@@ -88,15 +91,16 @@ public:
         CUmemGenericAllocationHandle handle{};
         varve::throw_if(driver_code(memory_calls::get().create(&handle, size_bytes, &what, 0)),
                         "cannot have " + std::to_string(size_bytes) + " bytes of GPU memory to be shared");
-        place(handle, device, at, size_bytes);
+        place(handle, access, at, size_bytes);
     }
     /// What another process made. Throws error.
     handle_memory(int device, CUdeviceptr at, std::size_t size_bytes, int descriptor) {
+        auto const access = access_of(device, {});
         CUmemGenericAllocationHandle handle{};
         auto* const from = reinterpret_cast<void*>(static_cast<std::intptr_t>(descriptor));
         varve::throw_if(driver_code(memory_calls::get().import_handle(&handle, from, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR)),
                         "cannot have another process's GPU memory");
-        place(handle, device, at, size_bytes);
+        place(handle, access, at, size_bytes);
     }
     handle_memory(handle_memory&& other) noexcept : handle_(other.handle_), at_(std::exchange(other.at_, 0)), size_bytes_(other.size_bytes_) {}
     handle_memory& operator=(handle_memory&&) = delete;
@@ -118,15 +122,19 @@ public:
     }
 
 private:
-    void place(CUmemGenericAllocationHandle handle, int device, CUdeviceptr at, std::size_t size_bytes) {
+    static std::vector<CUmemAccessDesc> access_of(int device, std::span<int const> others) {
+        std::vector<CUmemAccessDesc> out;
+        auto allow = [&](int whom) { out.push_back({{CU_MEM_LOCATION_TYPE_DEVICE, whom}, CU_MEM_ACCESS_FLAGS_PROT_READWRITE}); };
+        allow(device);
+        for (int other : others) allow(other);
+        return out;
+    }
+
+    void place(CUmemGenericAllocationHandle handle, std::span<CUmemAccessDesc const> access, CUdeviceptr at, std::size_t size_bytes) {
         auto const& driver = memory_calls::get();
         auto failed = driver_code(driver.map(at, size_bytes, 0, handle, 0));
         if (!failed) {
-            CUmemAccessDesc access{};
-            access.location.type = CU_MEM_LOCATION_TYPE_DEVICE;
-            access.location.id = device;
-            access.flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
-            if ((failed = driver_code(driver.set_access(at, size_bytes, &access, 1)))) driver.unmap(at, size_bytes);
+            if ((failed = driver_code(driver.set_access(at, size_bytes, access.data(), access.size())))) driver.unmap(at, size_bytes);
         }
         if (failed) {
             driver.release(handle);

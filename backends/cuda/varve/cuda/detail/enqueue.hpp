@@ -24,9 +24,11 @@ inline std::error_code device_of(void const* data, int& device) noexcept {
 }
 
 /// Enqueues the copy of bytes [offset, offset + size) of the tensor's row-major form to `to`; the tensor lies in the memory
-/// of the calling thread's device. One call for a contiguous tensor, one kernel for another where kernels were built.
-inline std::error_code enqueue(tensor const& t, std::uint64_t offset_bytes, std::size_t size_bytes, std::byte* to, cudaStream_t stream) noexcept {
-    if (!varve::detail::is_contiguous(t) && has_kernels() && t.shape.size() <= strided_source::max_dimensions) {
+/// of the calling thread's device. One call for a contiguous tensor, one kernel for another where kernels were built and `reached`
+/// says that those of this device can write there; else one copy a run of bytes.
+inline std::error_code enqueue(tensor const& t, std::uint64_t offset_bytes, std::size_t size_bytes, std::byte* to, cudaStream_t stream,
+                               bool reached = true) noexcept {
+    if (!varve::detail::is_contiguous(t) && reached && has_kernels() && t.shape.size() <= strided_source::max_dimensions) {
         strided_source from{
             .data = t.data, .dimensions = static_cast<int>(t.shape.size()), .element_bytes = static_cast<std::uint32_t>(element_bytes(t.type))};
         std::copy(t.shape.begin(), t.shape.end(), from.shape);

@@ -129,7 +129,7 @@ public:
         auto* of = shared_->on(device, failed);
         if (!of) return {nullptr, failed};
         return of->snapshot_copies.copy(into.data() + buffer_offset_bytes, shared_->room->memory(from) + offset_bytes, size_bytes, taken,
-                                        shared_->pool_on_gpu);
+                                        shared_->pool_device.has_value());
     }
 
     /// Whether the kernel was compiled in.
@@ -155,13 +155,13 @@ protected:
                    bool measure_waits)
         : shared_(std::make_shared<shared>()) {
         shared_->pool = std::move(pool);
-        shared_->pool_on_gpu = pool_on_gpu;
         shared_->snapshots = snapshots;
         shared_->snapshot_share = snapshot_share;
         shared_->measure_waits = measure_waits;
         relaxed_capture relaxed;
         int device = 0;
         throw_if(::cudaGetDevice(&device), "the current device");
+        if (pool_on_gpu) shared_->pool_device = device;
         std::error_code failed;
         if (!shared_->on(device, failed)) throw error(failed, "a stream for copies on GPU " + std::to_string(device) + ": " + failed.message());
     }
@@ -196,7 +196,7 @@ private:
 
     struct shared {
         std::shared_ptr<varve::detail::block_pool> pool;
-        bool pool_on_gpu = false;
+        std::optional<int> pool_device;  ///< of a pool in GPU memory
         std::size_t snapshots = 0;
         double snapshot_share = 0;
         bool measure_waits = false;
@@ -242,7 +242,8 @@ protected:
                 if (!on_) return failed;
                 if (auto ec = after_.order(on_->copies.get())) return ec;
             }
-            return enqueue(*r.source, r.source_offset_bytes, r.size_bytes, to, on_->copies.get());
+            // A kernel of another GPU's that may not write there would break that GPU's context; a copy just fails.
+            return enqueue(*r.source, r.source_offset_bytes, r.size_bytes, to, on_->copies.get(), shared_.pool_device.value_or(device) == device);
         }
 
         /// Copies that were issued elsewhere belong to these.
