@@ -112,7 +112,7 @@ std::string help_text() {
            "a while, for a restart. Ends on SIGTERM or SIGINT once everything whole is committed.\n"
            "With --peer every checkpoint that is committed here is sent to a monitor on another host too, and a restart may come from there:\n"
            "what is not here, or newer there, is fetched. Nothing here waits for the peer; one that is slow or away gets the newest when it can.\n"
-           "It never holds more memory than --memory-mb (here " +
+           "Pools, blocks and the checkpoints that linger never take more memory than --memory-mb (here " +
            std::to_string(quarter) +
            " MB unless it is given): a trainer whose pool is larger is refused, or one in a GPU's memory whose blocks on their way are.";
 }

@@ -61,12 +61,12 @@ BOOST_FIXTURE_TEST_CASE(a_monitor_that_dies_fails_what_is_in_flight_and_the_next
 }
 
 BOOST_FIXTURE_TEST_CASE(a_trainer_that_drains_says_so_to_the_monitor_that_takes_over, at_socket) {
+    gate taken_over;
+    std::atomic<bool> there = false, drains = false;
     trainer t(monitor, 3);
     t.options.durable_interval = 10min;
     t.checkpointer_options.busy = varve::when_busy::replace;
     std::future<void> drained;  // outlives the connection that it waits for
-    gate taken_over;
-    std::atomic<bool> there = false;
     t.options.respawn = [&] {
         taken_over.pass();
         monitor.listen();
@@ -80,7 +80,11 @@ BOOST_FIXTURE_TEST_CASE(a_trainer_that_drains_says_so_to_the_monitor_that_takes_
     c.reset();
     BOOST_TEST(lost.durable().wait_for(20s) == errc::monitor_lost);
     auto const ticket = t.save(2);
-    drained = std::async(std::launch::async, [&] { t.checkpointer->drain(); });
+    drained = std::async(std::launch::async, [&] {
+        drains = true;
+        t.checkpointer->drain();
+    });
+    BOOST_TEST_REQUIRE(comes_to([&] { return drains.load(); }));
     BOOST_TEST((drained.wait_for(300ms) == std::future_status::timeout));
     taken_over.open();
     BOOST_TEST_REQUIRE(comes_to([&] { return there.load(); }));
@@ -204,12 +208,47 @@ BOOST_FIXTURE_TEST_CASE(a_monitor_that_falls_silent_is_lost, at_socket) {
     trainer t(monitor, 3);
     t.options.silence_limit = 100ms;
     auto c = t.start();
-    std::this_thread::sleep_for(150ms);  // one that never pings is not missed
+    auto first = t.save(1);  // it said WELCOME, and says nothing since
+    c->take_save(t.hello);
+    BOOST_TEST(first.durable().wait_for(20s) == errc::monitor_lost);
+}
+
+BOOST_FIXTURE_TEST_CASE(a_monitor_that_pings_is_not_lost, at_socket) {
+    trainer t(monitor, 3);
+    t.options.silence_limit = 400ms;
+    auto c = t.start();
+    auto first = t.save(1);
+    auto const save = c->take_save(t.hello);
+    for (int i = 0; i < 12; ++i) {
+        std::this_thread::sleep_for(50ms);
+        c->say(wire::ping{});
+        c->expect<wire::pong>();
+    }
+    c->finish(save, 1);
+    BOOST_TEST(!first.durable().wait_for(20s));
+}
+
+BOOST_FIXTURE_TEST_CASE(training_goes_on_beside_a_monitor_that_stays_stopped_with_every_block, at_socket) {
+    trainer t(monitor, 3);
+    t.options.silence_limit = t.options.welcome_limit = 200ms;
+    auto c = t.start();
     auto first = t.save(1);
     c->take_save(t.hello);
-    c->say(wire::ping{});
-    c->expect<wire::pong>();
     BOOST_TEST(first.durable().wait_for(20s) == errc::monitor_lost);
+    for (std::uint64_t step = 2; step <= 3; ++step) {
+        t.model.update(step);
+        auto saved = std::async(std::launch::async, [&] {
+            auto ticket = t.checkpointer->save(step);
+            t.checkpointer->before_update();
+            return ticket;
+        });
+        if (saved.wait_for(20s) != std::future_status::ready) {
+            monitor.die();
+            c.reset();
+            BOOST_FAIL("step " << step << " hangs");
+        }
+        BOOST_TEST(saved.get().durable().wait_for(20s) == errc::monitor_lost);
+    }
 }
 
 BOOST_FIXTURE_TEST_CASE(blocks_of_a_monitor_that_falls_silent_and_dies_come_back, at_socket) {

@@ -237,6 +237,23 @@ BOOST_AUTO_TEST_CASE(greetings_that_are_never_finished_take_no_more_memory_than_
     BOOST_TEST(w.becomes([](auto const& s) { return s["memory_used_bytes"] == 0; }));
 }
 
+BOOST_AUTO_TEST_CASE(of_a_long_message_that_has_no_place_there_its_header_is_enough) {
+    auto const header_of_a_long_one = [](std::uint64_t number, auto const& m) {
+        auto bytes = frame(number, m);
+        for (unsigned i = 0; i < 4; ++i) bytes[8 + i] = static_cast<std::byte>((wire::most_control_bytes >> 8 * i) & 0xff);
+        bytes.resize(wire::header_bytes);
+        return bytes;
+    };
+    workplace w;
+    raw_peer first(w.monitor->where());
+    first.send_bytes(header_of_a_long_one(0, wire::begin{1, 1}));
+    BOOST_TEST(has(first.refusal(), "HELLO must come first"));
+    auto t = w.trainer(1);
+    t.greet();
+    t.peer.send_bytes(header_of_a_long_one(1, wire::fetch{true, 1, 1}));
+    BOOST_TEST(has(t.peer.refusal(), "never so long"));
+}
+
 BOOST_AUTO_TEST_CASE(over_tcp_a_store_is_a_name_below_the_folder) {
     workplace w(false);
     for (std::string const& name : {std::string("/tmp/elsewhere"), std::string("a/b"), std::string(".."), std::string(300, 'x')}) {

@@ -342,7 +342,6 @@ void session::take(wire::message type, std::span<std::byte const> payload) {
             if (auto const save = find(m.save)) save->failed(m.code ? m.code : make_error_code(errc::monitor_lost));
             forget(m.save);
         } else if constexpr (std::same_as<Message, wire::ping>) {
-            pings_ = true;
             std::vector<outgoing> items;
             items.push_back(outgoing_of(wire::pong{}));
             enqueue(std::move(items));
@@ -369,7 +368,7 @@ void session::watch_silence() {
         auto const silent = silence_.lasted(clock::now(), period);
         // A monitor that has blocks of ours is heard to the end: until it lets them go, or dies.
         bool const lent = !settings_.regions.empty();
-        if (pings_ && silent >= settings_.silence) {
+        if (silent >= settings_.silence) {
             lose("it says nothing", lent);
             if (lent) dialogue_->stream().end_writing();
             return;

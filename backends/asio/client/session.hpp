@@ -115,7 +115,7 @@ private:
     std::map<std::uint64_t, payload> payloads_;  ///< of saves whose blocks are sent, the oldest first
     std::optional<outgoing> last_;               ///< GOODBYE, behind everything
     std::uint64_t credit_;
-    bool woken_ = false, finishing_ = false, lost_ = false, pings_ = false;
+    bool woken_ = false, finishing_ = false, lost_ = false;
     std::string why_;
     std::map<std::uint64_t, std::shared_ptr<relayed_save>> saves_;
     loans loans_;

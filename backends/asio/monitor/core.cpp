@@ -83,7 +83,7 @@ void core::accept(std::size_t i) {
             std::lock_guard lock(self->mutex_);
             if (self->stopping_) return;
             // The socket is 0600; this is for whoever changed that.
-            bool const stranger = s && s->peer_uid() && *s->peer_uid() != ::geteuid() && *s->peer_uid() != 0;
+            bool const stranger = s && s->passes_descriptors() && s->peer_uid() != ::geteuid() && s->peer_uid() != 0;
             // Who comes over the network is not known yet, and leaves room for this host's.
             auto const most = s && s->peer_uid() ? most_sessions : most_network_sessions;
             if (s && !stranger && self->sessions_.size() < most) {

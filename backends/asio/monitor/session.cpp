@@ -83,6 +83,7 @@ bool session::take_frame() {
         if (left().size() < wire::header_bytes) return false;
         head_ = frames_in_.accept(left().first<wire::header_bytes>());
         begin_ += wire::header_bytes;
+        expect_in_turn(head_->type);
     }
     if (head_->type == wire::message::block_data) {
         if (head_->payload_bytes <= data_head_bytes) refuse("a block without bytes");
@@ -94,7 +95,10 @@ bool session::take_frame() {
         refuse("a commit of " + std::to_string(head_->payload_bytes) + " bytes");
     if (left().size() < head_->payload_bytes) {
         if (head_->payload_bytes <= buffer_.size() - wire::header_bytes) return false;
-        if (head_->type == wire::message::hello) hello_memory_ = core_->lend_for_greeting(head_->payload_bytes);
+        if (head_->type == wire::message::hello)
+            hello_memory_ = core_->lend_for_greeting(head_->payload_bytes);
+        else if (head_->type != wire::message::commit)
+            refuse(std::to_string(head_->payload_bytes) + " bytes for a message that is never so long");
         payload_.assign(left().begin(), left().end());
         begin_ = end_;
         read_payload();
@@ -163,10 +167,14 @@ void session::read_data() {
     });
 }
 
-void session::take_message(wire::message type, std::span<std::byte const> payload) {
+/// Asked of a message's header already: nothing is kept of one that is out of place.
+void session::expect_in_turn(wire::message type) const {
     bool const greeting = state_ == state::greeting;
     if (greeting != (type == wire::message::hello)) refuse(greeting ? "HELLO must come first" : "HELLO came before");
     if (state_ == state::attaching && type != wire::message::pong && type != wire::message::goodbye) refuse("a message before WELCOME");
+}
+
+void session::take_message(wire::message type, std::span<std::byte const> payload) {
     wire::decode(type, payload, [&](auto&& m) { take(std::move(m)); });
 }
 

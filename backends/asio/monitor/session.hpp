@@ -51,6 +51,7 @@ private:
     void begin_data(wire::frame_header const& head);
     void read_data();
     void read_payload();
+    void expect_in_turn(wire::message type) const;
     void take_message(wire::message type, std::span<std::byte const> payload);
 
     void take(wire::hello m);

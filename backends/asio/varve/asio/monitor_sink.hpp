@@ -35,7 +35,7 @@ struct monitor_sink_options {
     std::chrono::milliseconds connect_limit{5'000};  ///< for a connection, and for each message on its way
     /// For the welcome: opening a store reads its newest checkpoints, and a monitor first finishes what an earlier connection left.
     std::chrono::milliseconds welcome_limit{60'000};
-    std::chrono::milliseconds silence_limit{15'000};  ///< a monitor that pings, and then says nothing for so long, is lost
+    std::chrono::milliseconds silence_limit{15'000};  ///< a monitor, which pings, is lost when it says nothing for so long
     std::chrono::milliseconds retry_after{1'000};     ///< a monitor that could not be reached is not tried before
     /// From the begin of a save's write to that of the next, for when_busy::replace; 0: as soon as the disk is free. The saves between are
     /// crash-safe and give way to newer ones. Takes room for three checkpoints in the pool, over TCP in the monitor's memory, and has no
