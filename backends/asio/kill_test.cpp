@@ -96,6 +96,15 @@ public:
         collect(0);
     }
     bool alive() { return !collect(WNOHANG); }
+    /// Memory of memfd_create that it has open.
+    std::size_t shared_memories() const {
+        std::size_t out = 0;
+        for (auto const& fd : fs::directory_iterator("/proc/" + std::to_string(pid_) + "/fd")) {
+            std::error_code closed_meanwhile;
+            out += fs::read_symlink(fd.path(), closed_meanwhile).string().starts_with("/memfd:");
+        }
+        return out;
+    }
     /// Whether it ended by itself, and well.
     bool ends_well_within(std::chrono::milliseconds limit) {
         return comes_to([&] { return collect(WNOHANG); }, limit, 1ms) && WIFEXITED(status_) && WEXITSTATUS(status_) == 0;
@@ -289,6 +298,8 @@ void kill_and_go_on(bool unix_socket, victim who) {
     BOOST_TEST(comes_to([&] { return h.words->durable > before; }));
     h.trainer->kill();
     h.trainer.reset();
+    // Of all those trainers one checkpoint is left, that which lingers.
+    BOOST_TEST(comes_to([&] { return h.monitor->shared_memories() <= 1; }), "the monitor has memory of " << h.monitor->shared_memories());
     h.end_monitor();
     BOOST_TEST(h.newest_whole() >= h.words->crash_safe);
     if (unix_socket) BOOST_TEST(!fs::exists(h.where.path));

@@ -102,6 +102,7 @@ BOOST_AUTO_TEST_CASE(while_the_disk_stands_still_every_save_is_crash_safe_and_gi
         t.save(i, i, t.free_image());
         BOOST_TEST(t.peer.expect<wire::crash_safe>().save == i);
     }
+    BOOST_TEST(w.place.status()["stores"][0]["in_flight"] == 2);  // the first, which is being written, and the newest
     w.disk.go_on();
     BOOST_TEST(t.peer.expect<wire::durable>().save == 1u);
     BOOST_TEST(t.peer.expect<wire::durable>().save == saves);
@@ -120,6 +121,11 @@ BOOST_AUTO_TEST_CASE(a_hello_that_is_refused_leaves_what_lingers) {
     t.peer.expect<wire::durable>();
     t.peer.close();
     BOOST_TEST_REQUIRE(w.becomes([](auto const& s) { return s.contains("lingering"); }));
+    auto const lingers = w.status()["lingering"][0];
+    BOOST_TEST(lingers["step"] == 1);
+    BOOST_TEST(lingers["bytes"].get<std::uint64_t>() >= t.layout.data_bytes());
+    BOOST_TEST(lingers["seconds_left"].get<double>() > 0);
+    BOOST_TEST(lingers["seconds_left"].get<double>() <= 20);
     auto refused = [&](std::string const& words, std::function<void(raw_trainer&)> change) {
         auto other = w.trainer(1);
         change(other);

@@ -6,6 +6,7 @@
 #include "monitor_workplace.hpp"
 #include "mutate.hpp"
 #include "support.hpp"
+#include "test_certificates.hpp"
 
 namespace varve_test {
 
@@ -340,6 +341,37 @@ BOOST_FIXTURE_TEST_CASE(a_receiver_that_stalls_holds_up_nobody, impatient_workpl
         t.peer.expect<wire::durable>();
     }
     BOOST_TEST(others() == 1);
+}
+
+BOOST_AUTO_TEST_CASE(who_asks_and_never_listens_is_let_go) {
+    workplace w;
+    auto t = w.trainer(1);
+    t.greet();
+    raw_peer deaf(w.monitor->where());
+    wire::hello hello;
+    hello.purpose = wire::purpose::status;
+    deaf.send(hello);
+    deaf.expect<wire::welcome>();
+    // Answers of some hundred bytes each, of which 20 MB may wait.
+    for (int i = 0; i < 500'000 && !deaf.write_error; ++i) deaf.send(wire::status{});
+    BOOST_TEST(static_cast<bool>(deaf.write_error));
+    BOOST_TEST(w.becomes([](auto const& s) { return s["connections"] == 1; }));
+    t.save(1, 1);
+    t.peer.expect<wire::durable>();
+}
+
+BOOST_AUTO_TEST_CASE(who_speaks_no_tls_to_a_monitor_that_does_is_not_heard) {
+    test_certificates files;
+    if (!files.usable()) return;
+    workplace w(false, [&](auto& o) { o.tls = files.load("server", true); });
+    raw_peer plain(w.monitor->where()), silent(w.monitor->where());
+    plain.send(wire::hello{});
+    BOOST_CHECK_THROW(plain.expect<wire::welcome>(), std::runtime_error);
+    auto t = w.trainer(0, "run", files.load("client", false));
+    t.greet();
+    t.save(1, 1);
+    t.peer.expect<wire::durable>();
+    BOOST_TEST(silent.hears_within(20s), "a handshake that never begins is waited for");
 }
 
 BOOST_AUTO_TEST_CASE(whatever_a_trainer_says_it_ends_no_connection_but_its_own_and_leaves_whole_checkpoints) {

@@ -48,7 +48,8 @@ void expect_the_same_again(Message const& m) {
 
 }  // namespace
 
-/// The parser of frames, as both ends use it. The first byte says whose bytes follow and how they are cut.
+/// The parser of messages, either end's, and of frames as the sink has it; the monitor's own reading of frames is given mutated
+/// conversations by protocol_test.cpp. The first byte says whose bytes follow and how they are cut.
 /// With clang: -fsanitize=fuzzer,address; with any compiler: wire_fuzz_test.cpp.
 extern "C" int LLVMFuzzerTestOneInput(std::uint8_t const* data, std::size_t size) {
     if (size == 0) return 0;

@@ -56,6 +56,7 @@ BOOST_AUTO_TEST_CASE(on_a_gpu_through_a_monitor_that_has_its_pool_page_locked_to
     if (methods.empty()) return skip("the monitor is not built");
     every_method_is_exact(methods, tiny_model({"--checkpoint-freq", "3"}));
     every_method_is_exact(methods, tiny_model({"--checkpoint-freq", "1", "--when-busy", "replace"}));
+    every_method_is_exact({"pinned+sync+posix"}, tiny_model({"--checkpoint-freq", "3", "--use-monitor"}), true);
 }
 
 BOOST_AUTO_TEST_CASE(on_a_gpu_through_a_monitor_with_a_pool_in_the_gpus_memory_too) {

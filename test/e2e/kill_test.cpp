@@ -96,9 +96,9 @@ void kill_on_the_gpu(std::string const& method) {
 BOOST_AUTO_TEST_CASE(traditional_survives_kills) { kill_on_the_cpu("traditional"); }
 BOOST_AUTO_TEST_CASE(original_survives_kills) { kill_on_the_cpu("original"); }
 BOOST_AUTO_TEST_CASE(layerwise_survives_kills) { kill_on_the_cpu("layerwise"); }
-BOOST_AUTO_TEST_CASE(a_combination_with_asio_survives_kills) {
+BOOST_AUTO_TEST_CASE(combinations_with_asio_survive_kills) {
     if (!runs_here("host+async+asio")) return skip("no Boost.Asio files here");
-    kill_on_the_cpu("host+async+asio");
+    for (auto const* method : {"host+async+asio", "host+layerwise+asio"}) kill_on_the_cpu(method);
 }
 
 BOOST_AUTO_TEST_CASE(traditional_survives_kills_on_a_gpu) { kill_on_the_gpu("traditional"); }

@@ -2,9 +2,12 @@
 
 #include <sys/socket.h>
 #include <sys/un.h>
+#include <algorithm>
 #include <functional>
+#include <map>
 #include <memory>
 #include <random>
+#include <sstream>
 
 #include "free_port.hpp"
 #include "monitored_runs.hpp"
@@ -81,6 +84,19 @@ void goes_on_from_memory(std::string const& method) {
     BOOST_TEST(largest(w.steps("run", "restored")) >= promised);
     BOOST_TEST(w.no_monitor_within(20s));
     BOOST_TEST(fs::is_empty(w.folder.path() / "sockets"));
+}
+
+/// The words behind `varve` in the ExecStart of the backend's README, with paths of our own.
+std::vector<std::string> command_of_the_unit_file(std::map<std::string, std::string> const& ours) {
+    auto const readme = read_text(fs::path(std::getenv("VARVE_SOURCE_ROOT")) / "backends/asio/README.md");
+    std::string const begin = "ExecStart=/usr/bin/varve ";
+    auto const at = readme.find(begin);
+    BOOST_TEST_REQUIRE(at != std::string::npos);
+    std::istringstream line(readme.substr(at + begin.size(), readme.find('\n', at) - at - begin.size()));
+    std::vector<std::string> out;
+    for (std::string word; line >> word;) out.push_back(ours.contains(word) ? ours.at(word) : word);
+    for (auto const& [path, our_path] : ours) BOOST_TEST(std::ranges::count(out, our_path) == 1, path);
+    return out;
 }
 
 }  // namespace
@@ -254,7 +270,7 @@ BOOST_AUTO_TEST_CASE(a_service_manager_is_told_when_a_monitor_listens_and_when_i
         return text;
     };
     ::setenv("NOTIFY_SOCKET", notify.c_str(), 1);
-    running_tool monitor({"monitor", "--dir", w.folder.path().string(), "--unix", w.folder / "s"});
+    running_tool monitor(command_of_the_unit_file({{"/data/checkpoints", w.folder.path().string()}, {"/run/varve/socket", w.folder / "s"}}));
     ::unsetenv("NOTIFY_SOCKET");
     auto const ready = told();
     BOOST_TEST(ready.starts_with("READY=1\n"), ready);
@@ -282,6 +298,16 @@ BOOST_AUTO_TEST_CASE(several_trainers_share_a_monitor_and_its_status_tells_of_th
     auto const status = nlohmann::json::parse(run_tool({"monitor", "--status", "--json", "--unix", socket}).out);
     BOOST_TEST(status["stores"].size() == 2u);
     for (auto const& s : status["stores"]) BOOST_TEST(s["durable_step"].get<int>() > 0);
+    auto const text = run_tool({"monitor", "--status", "--unix", socket}).out;
+    for (std::string const words : {"one", "two", "in flight", "crash-safe step", "durable step", "GB/s", "in use"})
+        BOOST_TEST(text.find(words) != std::string::npos, words << " in: " << text);
+    // What becomes of one is nothing to the other.
+    two.signal(SIGKILL);
+    two.wait();
+    auto const ones = w.events_size("one");
+    BOOST_TEST(w.comes("one", "durable", ones, 3));
+    auto const safe = largest(w.steps("two", "crash_safe"));
+    BOOST_TEST(comes_to([&] { return stored_steps(w.folder / "two").back() >= safe; }));
     // SIGTERM: whatever is crash-safe is committed, the socket goes, the trainers go on and fail their saves.
     auto const promised = largest(w.steps("one", "crash_safe"));
     monitor.signal(SIGTERM);
@@ -290,9 +316,11 @@ BOOST_AUTO_TEST_CASE(several_trainers_share_a_monitor_and_its_status_tells_of_th
     BOOST_TEST(!fs::exists(socket));
     BOOST_TEST(stored_steps(w.folder / "one").back() >= promised);
     BOOST_TEST(!one.ends_within(300ms));
-    for (auto* run : {&one, &two}) {
-        run->signal(SIGKILL);
-        run->wait();
+    one.signal(SIGKILL);
+    one.wait();
+    for (std::string const store : {"one", "two"}) {
+        auto const whole = run_tool({"verify", w.folder / store});
+        BOOST_TEST(whole.code == 0, whole.out << whole.err);
     }
 }
 
