@@ -63,7 +63,7 @@ BOOST_FIXTURE_TEST_CASE(a_monitor_that_dies_fails_what_is_in_flight_and_the_next
 BOOST_FIXTURE_TEST_CASE(a_trainer_that_drains_says_so_to_the_monitor_that_takes_over, at_socket) {
     gate taken_over;
     std::atomic<bool> there = false, drains = false;
-    trainer t(monitor, 3);
+    trainer t(monitor, 6);
     t.options.durable_interval = 10min;
     t.checkpointer_options.busy = varve::when_busy::replace;
     std::future<void> drained;  // outlives the connection that it waits for
@@ -206,7 +206,7 @@ BOOST_FIXTURE_TEST_CASE(a_monitor_that_breaks_the_protocol_is_lost, at_socket) {
 
 BOOST_FIXTURE_TEST_CASE(a_monitor_that_falls_silent_is_lost, at_socket) {
     trainer t(monitor, 3);
-    t.options.silence_limit = 100ms;
+    t.options.silence_limit = 1s;
     auto c = t.start();
     auto first = t.save(1);  // it said WELCOME, and says nothing since
     c->take_save(t.hello);
@@ -215,11 +215,11 @@ BOOST_FIXTURE_TEST_CASE(a_monitor_that_falls_silent_is_lost, at_socket) {
 
 BOOST_FIXTURE_TEST_CASE(a_monitor_that_pings_is_not_lost, at_socket) {
     trainer t(monitor, 3);
-    t.options.silence_limit = 400ms;
+    t.options.silence_limit = 2s;
     auto c = t.start();
     auto first = t.save(1);
     auto const save = c->take_save(t.hello);
-    for (int i = 0; i < 12; ++i) {
+    for (int i = 0; i < 50; ++i) {
         std::this_thread::sleep_for(50ms);
         c->say(wire::ping{});
         c->expect<wire::pong>();
@@ -230,7 +230,7 @@ BOOST_FIXTURE_TEST_CASE(a_monitor_that_pings_is_not_lost, at_socket) {
 
 BOOST_FIXTURE_TEST_CASE(training_goes_on_beside_a_monitor_that_stays_stopped_with_every_block, at_socket) {
     trainer t(monitor, 3);
-    t.options.silence_limit = t.options.welcome_limit = 200ms;
+    t.options.silence_limit = 1s;
     auto c = t.start();
     auto first = t.save(1);
     c->take_save(t.hello);
@@ -251,9 +251,30 @@ BOOST_FIXTURE_TEST_CASE(training_goes_on_beside_a_monitor_that_stays_stopped_wit
     }
 }
 
+BOOST_FIXTURE_TEST_CASE(a_save_that_waits_for_blocks_of_a_monitor_that_is_stopped_is_lost, at_socket) {
+    trainer t(monitor, 3);
+    t.options.silence_limit = 1s;
+    auto c = t.start();
+    auto const first = t.save(1);
+    auto const save = c->take_save(t.hello);
+    c->say(wire::crash_safe{save.begin.save});
+    c->say(wire::durable{save.begin.save, 1});  // and it keeps the blocks, as of the newest
+    BOOST_TEST(!first.durable().wait_for(20s));
+    auto const second = t.save(2);
+    c->expect<wire::begin>();
+    auto updates = std::async(std::launch::async, [&] { t.checkpointer->before_update(); });
+    bool const in_time = updates.wait_for(20s) == std::future_status::ready;
+    BOOST_TEST(in_time);
+    if (!in_time) {
+        monitor.die();
+        c.reset();
+    }
+    BOOST_TEST(second.durable().wait_for(20s) == errc::monitor_lost);
+}
+
 BOOST_FIXTURE_TEST_CASE(blocks_of_a_monitor_that_falls_silent_and_dies_come_back, at_socket) {
     trainer t(monitor, 3);
-    t.options.silence_limit = 100ms;
+    t.options.silence_limit = 1s;
     auto c = t.start();
     auto first = t.save(1);
     c->take_save(t.hello);

@@ -251,6 +251,33 @@ BOOST_AUTO_TEST_CASE(a_trainer_whose_monitor_dies_says_so_and_which_one_serves_n
     BOOST_TEST(ended.err.find("is lost") != std::string::npos, ended.err);
 }
 
+BOOST_AUTO_TEST_CASE(training_goes_on_beside_a_monitor_that_is_stopped_and_is_saved_again_when_that_goes_on) {
+    if (!have_monitor()) return;
+    workplace w;
+    auto const socket = w.folder / "s";
+    running_tool monitor({"monitor", "--dir", w.folder.path().string(), "--unix", socket});
+    BOOST_TEST_REQUIRE(answers({"--unix", socket}));
+    running_tool run(w.train("run", 1'000'000, {"--monitor", "unix:" + socket}));
+    BOOST_TEST_REQUIRE(w.comes("run", "durable", 0, 1));
+    monitor.signal(SIGSTOP);
+    std::this_thread::sleep_for(3s);  // training waits for blocks by then
+    // What says nothing for 15 s is lost.
+    auto const waits_at = w.events_size("run");
+    BOOST_TEST(w.comes("run", "step", waits_at, 20, 60s));
+    auto const goes_on_at = w.events_size("run");
+    monitor.signal(SIGCONT);
+    BOOST_TEST(w.comes("run", "durable", goes_on_at, 3));
+    run.signal(SIGINT);
+    BOOST_TEST(run.ends_within(60s));
+    auto const ended = run.wait();
+    BOOST_TEST(ended.code == 130);
+    BOOST_TEST(ended.err.find("is lost") != std::string::npos, ended.err);
+    auto const whole = run_tool({"verify", w.folder / "run"});
+    BOOST_TEST(whole.code == 0, whole.out << whole.err);
+    monitor.signal(SIGTERM);
+    BOOST_TEST(monitor.ends_within(20s));
+}
+
 BOOST_AUTO_TEST_CASE(a_service_manager_is_told_when_a_monitor_listens_and_when_it_ends) {
     if (!have_monitor()) return;
     workplace w;

@@ -82,7 +82,7 @@ void dialogue::send_bytes(std::span<std::byte const> bytes, deadline until, std:
     throw lost(stream_->peer(), failed.message());
 }
 
-frame dialogue::receive(deadline until, std::chrono::milliseconds a_ping_adds) {
+frame dialogue::receive(deadline until, std::chrono::milliseconds a_ping_adds, deadline at_most) {
     for (;;) {
         while (auto const next = buffer_.next()) {
             auto const& [type, payload] = *next;
@@ -91,7 +91,7 @@ frame dialogue::receive(deadline until, std::chrono::milliseconds a_ping_adds) {
                 throw error(why.code ? why.code : make_error_code(errc::monitor_lost), why.text);
             }
             if (type != wire::message::ping) return {type, {payload.begin(), payload.end()}};
-            until = std::max(until, std::chrono::steady_clock::now() + a_ping_adds);
+            until = std::max(until, std::min<deadline>(std::chrono::steady_clock::now() + a_ping_adds, at_most));
             send(wire::pong{}, until);
         }
         bool done = false;

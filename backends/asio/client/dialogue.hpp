@@ -59,12 +59,13 @@ public:
         writer_.append(bytes, m);
         send_bytes(bytes, until, std::move(descriptors));
     }
-    /// The next message but pings, which it answers. `a_ping_adds`: whoever pings is at work, and has that long from then on.
-    frame receive(deadline until, std::chrono::milliseconds a_ping_adds = {});
+    /// The next message but pings, which it answers. `a_ping_adds`: whoever pings is at work, and has that long from then on, until
+    /// `at_most`.
+    frame receive(deadline until, std::chrono::milliseconds a_ping_adds = {}, deadline at_most = deadline::max());
     /// The next message, which must be of that type; what it points to is valid until the next is received.
     template <class Message>
-    Message expect(deadline until, std::chrono::milliseconds a_ping_adds = {}) {
-        last_ = receive(until, a_ping_adds);
+    Message expect(deadline until, std::chrono::milliseconds a_ping_adds = {}, deadline at_most = deadline::max()) {
+        last_ = receive(until, a_ping_adds, at_most);
         if (last_.type != Message::type) throw error(errc::malformed, "malformed message: an answer to something else");
         return wire::decode<Message>(last_.payload);
     }

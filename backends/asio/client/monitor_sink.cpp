@@ -39,7 +39,7 @@ monitor_sink::~monitor_sink() = default;
 int monitor_sink::register_memory(std::span<std::byte> region) { return relay_->register_memory(region); }
 void monitor_sink::introduce(relayed_run const& run) { relay_->introduce(run); }
 bool monitor_sink::takes_digests() const noexcept { return !relay_->by_reference(); }
-monitor_sink::target_type monitor_sink::open(open_request const& r) { return target_type(relay_->open(r.step)); }
+monitor_sink::target_type monitor_sink::open(open_request const& r) { return target_type(relay_->open(r.step, r.lost)); }
 void monitor_sink::set_draining(bool on) noexcept { relay_->set_draining(on); }
 std::optional<fetched_checkpoint> monitor_sink::fetch(std::optional<std::uint64_t> step, std::uint32_t skip) { return relay_->fetch(step, skip); }
 sink_limits monitor_sink::limits() const noexcept { return {.queue_depth = 64}; }

@@ -16,6 +16,7 @@ namespace {
 using clock = std::chrono::steady_clock;
 
 constexpr std::chrono::milliseconds between_tries{20};
+constexpr int rest_after_a_try = 4;  ///< times what it took
 constexpr std::chrono::milliseconds least_goodbye{20};
 constexpr std::chrono::milliseconds looks_up_every{20};  ///< who waits for the end of a connection that was lost
 
@@ -127,7 +128,7 @@ std::unique_ptr<dialogue> relay::reach() {
 }
 
 std::shared_ptr<session> relay::greet(std::unique_ptr<dialogue> open) {
-    auto const until = clock::now() + options_.welcome_limit;
+    auto const start = clock::now();
     session_settings settings;
     settings.silence = options_.silence_limit;
     std::vector<int> descriptors;
@@ -139,7 +140,9 @@ std::shared_ptr<session> relay::greet(std::unique_ptr<dialogue> open) {
     open->send(hello_, clock::now() + options_.connect_limit, std::move(descriptors));
     auto const greeting = [&] {
         try {
-            return open->expect<wire::welcome>(until);
+            // It pings while it gets ready; one that says nothing at all is stuck.
+            auto const at_most = start + options_.welcome_limit;
+            return open->expect<wire::welcome>(std::min(clock::now() + options_.silence_limit, at_most), options_.silence_limit, at_most);
         } catch (error const& e) {
             if (e.code() != errc::malformed) throw;
             throw error(e.code(), std::string(e.what()) + "; is the monitor of another version of varve?");
@@ -184,15 +187,23 @@ std::shared_ptr<session> relay::connected() {
     }
     if (!last) throw error(errc::out_of_order, "a monitor is introduced to a run before its first save");
     if (!last->is_lost()) return last;
-    if (clock::now() < not_before_) throw lost(where_.text(), last->why_lost());
+    auto const start = clock::now();
+    if (start < not_before_) throw lost(where_.text(), last->why_lost());
     try {
         auto anew = greet_again(reach(), *last);
         install(anew);
         return anew;
     } catch (error const& e) {
-        not_before_ = clock::now() + options_.retry_after;
+        put_off(start);
         throw error(errc::monitor_lost, e.what());
     }
+}
+
+/// A try may have taken long, with training waiting for it: most of the time it does not. A stop of this process in a try is none of it.
+void relay::put_off(clock::time_point start_of_the_last) {
+    auto const now = clock::now();
+    auto const took = std::min<clock::duration>(now - start_of_the_last, options_.welcome_limit);
+    not_before_ = now + std::max<clock::duration>(options_.retry_after, rest_after_a_try * took);
 }
 
 void relay::cancel(std::chrono::milliseconds goodbye) noexcept {
@@ -201,11 +212,11 @@ void relay::cancel(std::chrono::milliseconds goodbye) noexcept {
     if (current_) current_->finish(goodbye);
 }
 
-std::shared_ptr<relayed_save> relay::open(std::uint64_t step) {
+std::shared_ptr<relayed_save> relay::open(std::uint64_t step, completion lost) {
     auto const s = connected();
     // The monitor takes them in the order of their numbers.
     std::lock_guard beginning(beginning_);
-    return s->begin(next_save_++, step);
+    return s->begin(next_save_++, step, lost);
 }
 
 void relay::set_draining(bool on) noexcept {
@@ -253,7 +264,9 @@ bool relay::try_to_settle(session& ended) noexcept {
         // The sink has said goodbye, and the monitor has ended the connection: it lets go first.
         if (ending_) return ended.ended_by_monitor();
     }
-    if (clock::now() < not_before_) return false;
+    auto const start = clock::now();
+    // Who has ended the connection is stuck no longer.
+    if (start < not_before_ && !ended.ended_by_monitor()) return false;
     try {
         auto open = ended.ended_by_monitor() ? try_to_reach() : reach();
         install(greet_again(std::move(open), ended));
@@ -262,7 +275,7 @@ bool relay::try_to_settle(session& ended) noexcept {
         // Nobody is there any more, or it refuses this run, and the next save says why. It ends a connection only when it has let
         // the pool go.
         if (ended.ended_by_monitor()) return true;
-        not_before_ = clock::now() + options_.retry_after;
+        put_off(start);
         return false;
     }
 }

@@ -32,7 +32,8 @@ public:
     int register_memory(std::span<std::byte> region);
     void introduce(relayed_run const& run);
     bool by_reference() const noexcept { return by_reference_; }
-    std::shared_ptr<relayed_save> open(std::uint64_t step);
+    /// `lost`: as in open_request.
+    std::shared_ptr<relayed_save> open(std::uint64_t step, completion lost = {});
     void set_draining(bool on) noexcept;
     /// Over TCP the bytes go to memory of their own, or where `into` says.
     std::optional<fetched_checkpoint> fetch(std::optional<std::uint64_t> step, std::uint32_t skip, receiver const& into = in_memory);
@@ -51,6 +52,7 @@ private:
     std::shared_ptr<session> greet(std::unique_ptr<dialogue> open);
     std::shared_ptr<session> greet_first();
     void install(std::shared_ptr<session> s);
+    void put_off(std::chrono::steady_clock::time_point start_of_the_last);
     void run(std::stop_token stop);
     void settle(session& ended, session::loans loans) noexcept;
     bool try_to_settle(session& ended) noexcept;

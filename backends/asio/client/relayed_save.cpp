@@ -75,7 +75,10 @@ void relayed_save::failed(std::error_code why) noexcept {
     if (over_) return;
     over_ = true;
     error_ = why;
-    if (!handed_) return;
+    if (!handed_) {
+        if (on_lost_.done) on_lost_(why);
+        return;
+    }
     if (!safe_) on_safe_(why);
     on_durable_(why);
 }

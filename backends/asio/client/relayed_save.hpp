@@ -17,7 +17,8 @@ class session;
 /// One save on its way to the monitor, between the checkpointer's target and the connection. Thread-safe.
 class relayed_save {
 public:
-    relayed_save(std::shared_ptr<session> s, std::uint64_t id) noexcept : session_(std::move(s)), id_(id) {}
+    /// `lost`: told when it fails before hand_over.
+    relayed_save(std::shared_ptr<session> s, std::uint64_t id, completion lost) noexcept : session_(std::move(s)), id_(id), on_lost_(lost) {}
     relayed_save(relayed_save const&) = delete;
     relayed_save& operator=(relayed_save const&) = delete;
 
@@ -34,7 +35,8 @@ public:
 private:
     std::shared_ptr<session> const session_;
     std::uint64_t const id_;
-    std::mutex mutex_;  ///< held while a completion of hand_over runs
+    completion const on_lost_;
+    std::mutex mutex_;  ///< held while a completion runs, but for those of writes
     bool handed_ = false, safe_ = false, over_ = false;
     std::error_code error_;
     completion on_safe_, on_durable_;

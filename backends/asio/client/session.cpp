@@ -88,8 +88,8 @@ std::string session::why_lost() const {
     return why_;
 }
 
-std::shared_ptr<relayed_save> session::begin(std::uint64_t id, std::uint64_t step) {
-    auto save = std::make_shared<relayed_save>(shared_from_this(), id);
+std::shared_ptr<relayed_save> session::begin(std::uint64_t id, std::uint64_t step, completion lost) {
+    auto save = std::make_shared<relayed_save>(shared_from_this(), id, lost);
     {
         std::lock_guard lock(mutex_);
         saves_.emplace(id, save);
@@ -99,10 +99,10 @@ std::shared_ptr<relayed_save> session::begin(std::uint64_t id, std::uint64_t ste
         items.push_back(outgoing_of(wire::begin{id, step}));
         if (enqueue(std::move(items), id)) return save;
     } catch (std::exception const&) {
-        forget(id);
+        save->detach();
         throw;
     }
-    forget(id);
+    save->detach();
     throw error(errc::monitor_lost, "the monitor is lost: " + why_lost());
 }
 

@@ -61,7 +61,7 @@ public:
     bool saw_commit() const noexcept { return saw_commit_; }
 
     /// Throws errc::monitor_lost.
-    std::shared_ptr<relayed_save> begin(std::uint64_t id, std::uint64_t step);
+    std::shared_ptr<relayed_save> begin(std::uint64_t id, std::uint64_t step, completion lost);
     /// By reference where the block is in the pool and on loan.
     void write(std::uint64_t id, std::uint64_t offset_bytes, block const& b, completion done, loan kept) noexcept;
     /// Returns false where the connection is lost.

@@ -79,7 +79,11 @@ concept fetch = requires(S& s, std::optional<std::uint64_t> step, std::uint32_t 
 ///     the receiver has the whole checkpoint and the trainer may die, durable when it is committed. An error of the first
 ///     is one of the second too; errc::replaced, after a crash_safe without error, is a save that gave way to a newer one;
 ///  6. destroying a target before means that the save is not wanted, or no longer waited for: once the destructor has
-///     returned, none of its completions is called. It may be destroyed on any thread but inside its completions.
+///     returned, none of its completions is called. It may be destroyed on any thread but inside its completions;
+///  7. what its open was given as `lost`, where it is not empty, is called at most once, with an error and on any thread, even inside
+///     open, when it is known before hand_over that the save will not be taken, also while nothing of it is being written: a receiver
+///     that is gone may keep every block on loan. Not after an open that threw. A hand_over that comes all the same is answered with
+///     the error.
 /// The sync() of its targets is not called. It need not keep any order among saves.
 template <class S>
 concept relaying_sink = sink<S> && !file_sink<S> && detail::sink_has::introduce<S> && detail::sink_has::takes_digests<S> &&

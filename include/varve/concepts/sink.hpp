@@ -46,6 +46,7 @@ struct open_request {
     std::string name;              ///< the file's name in it; created if it is not there
     std::uint64_t size_bytes = 0;  ///< of the whole image; 0 where the format cannot know
     std::uint64_t step = 0;        ///< that the checkpoint is of
+    completion lost{};             ///< for relaying sinks
 };
 
 namespace detail::sink_has {

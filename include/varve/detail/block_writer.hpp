@@ -94,7 +94,7 @@ private:
                 job->file = files_->acquire();
                 job->target.emplace(sink_.open({files_->folder(), job->file->name, line_.layout.size_bytes, job->step()}));
             } else {
-                job->target.emplace(sink_.open({-1, {}, line_.layout.size_bytes, job->step()}));
+                job->target.emplace(sink_.open({-1, {}, line_.layout.size_bytes, job->step(), {&block_writer::lost, job.get()}}));
             }
         } catch (error const& e) {
             failed = e.code();
@@ -103,7 +103,7 @@ private:
         }
         if (failed) {
             std::lock_guard lock(line_.mutex);
-            if (!job->error) job->error = failed;
+            line_.set_error(*job, failed);
         }
         return job;
     }
@@ -114,6 +114,12 @@ private:
     }
 
     using block_of_sink = varve::block;
+
+    /// Its target is there as long as this runs, and the job with it.
+    static void lost(void* context, std::error_code ec) noexcept {
+        auto& job = *static_cast<typename line_type::job_type*>(context);
+        job.line->fail(job, ec);
+    }
 
     static void written(void* context, std::error_code ec) noexcept {
         auto& block = *static_cast<block_type*>(context);

@@ -42,14 +42,14 @@ public:
         for (;;) {
             job_ptr job;
             if (!line_.commit_work.wait(lock, stop, [&] { return (job = next()) != nullptr; })) return;
-            bool const handed = job->place == turn::handed;
+            bool const handed = job->place == turn::handed, lost = static_cast<bool>(job->error);
             job->committing = true;
             if (job->place == turn::writing) --line_.writing;
             lock.unlock();
             if (!handed) {
                 // The next one's blocks are on their way while this one's header and its commit are waited for.
                 writer_.hand_on_turns();
-                bring_in(job);
+                bring_in(job, lost);
             } else if (auto outcome = handover_.tell_news(*job)) {
                 conclude(job, *outcome);
             }
@@ -72,9 +72,10 @@ private:
         return nullptr;
     }
 
-    void bring_in(job_ptr const& job) {
+    /// A relaying sink answers for what it loses from here on.
+    void bring_in(job_ptr const& job, [[maybe_unused]] bool lost) {
         if constexpr (relaying_sink<Sink>) {
-            if (!job->error) return handover_.hand_over(*job);
+            if (!lost) return handover_.hand_over(*job);
         }
         conclude(job, finish(*job));
     }

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "varve/concepts/relaying_sink.hpp"
 #include "varve/concepts/scheduling.hpp"
 #include "varve/concepts/sink.hpp"
 #include "varve/concepts/staging.hpp"
@@ -107,7 +108,7 @@ private:
         try {
             // Here, and not at begin: fresh memory costs the training thread a page fault for each 4 KiB.
             if (job->next_block == 0) job->chunk_digests.resize(chunk_count(line_.layout.data_bytes()));
-            buffer = staging_.acquire(line_.cancel.get_token());
+            buffer = acquire_for(*job);
         } catch (std::bad_alloc const&) {
             line_.abandon(job, std::make_error_code(std::errc::not_enough_memory));
         }
@@ -121,6 +122,27 @@ private:
         ++job->open_blocks;
         job->filling = true;
         return true;
+    }
+
+    /// Empty if the pipeline closes, or the save is lost: what a receiver keeps on loan may come back much later, or never.
+    typename Staging::buffer_type acquire_for(job_type const& job) {
+        if constexpr (!relaying_sink<Sink>) {
+            return staging_.acquire(line_.cancel.get_token());
+        } else {
+            std::stop_source give_up;
+            std::stop_callback closing(line_.cancel.get_token(), [&] { give_up.request_stop(); });
+            {
+                std::lock_guard lock(line_.mutex);
+                if (job.error) return {};
+                line_.wants_buffer = &job;
+                line_.give_up = give_up;
+            }
+            auto buffer = staging_.acquire(give_up.get_token());
+            std::lock_guard lock(line_.mutex);
+            line_.wants_buffer = nullptr;
+            line_.give_up = std::stop_source(std::nostopstate);
+            return buffer;
+        }
     }
 
     /// Copies what may be copied of the next block.

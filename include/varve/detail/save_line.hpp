@@ -93,20 +93,26 @@ struct save_line {
         return true;
     }
 
-    /// The first error stays. Called while one of the save's blocks is open, so that the save outlives the call.
+    /// The first error stays. Called while one of the save's blocks is open, or by its target, so that the save outlives the call.
     void fail(job_type& job, std::error_code why) {
         std::vector<std::size_t> held;
         {
             std::lock_guard lock(mutex);
-            if (!job.error) job.error = why;
+            set_error(job, why);
             held.swap(job.held);
         }
         release(job, held);
     }
 
+    /// The first error stays, and for a lost save no buffer is waited for. With the mutex held.
+    void set_error(job_type& job, std::error_code why) {
+        if (!job.error) job.error = why;
+        if (wants_buffer == &job) give_up.request_stop();
+    }
+
     /// Marks a save as lost, with the mutex held; `held` and `free` are to be let go without it.
     void lose(job_type& job, std::error_code why, std::vector<std::size_t>& held, [[maybe_unused]] snapshot_type& free) {
-        job.error = why;
+        set_error(job, why);
         held.swap(job.held);
         // At once, since the copying thread may wait for a buffer that only comes with the next save's end.
         if (!job.filling && !job.copied) end_copying(job);
@@ -196,7 +202,7 @@ struct save_line {
     block_map const map;
     std::size_t const blocks_at_once;  ///< of one save, between the tensors and the sink
     bool hashes = true;                ///< whether the digests are made here; set before there are threads
-    std::stop_source cancel;           ///< of waiting for buffers
+    std::stop_source cancel;           ///< of waiting for buffers, for good
 
     mutable std::mutex mutex;
     std::condition_variable_any take_work, copy_work, staged_work, commit_work;  ///< for the taker, the copier, the workers, the committer
@@ -206,6 +212,8 @@ struct save_line {
     /// The next save's, made by the copying thread. In a training that makes and frees small objects by the thousand, a single
     /// allocation of more than a kilobyte costs 0.1 ms: the C library puts all that was freed together first.
     job_ptr spare;
+    job_type const* wants_buffer = nullptr;  ///< the copier waits for a buffer for it, until give_up
+    std::stop_source give_up{std::nostopstate};
     std::deque<staged_block> staged;  ///< from the copier to the workers
     /// A worker waits for the copies of a block whose digests are made elsewhere. The next block's are over after this one's, so
     /// the others need not wait as well: each signal of a GPU wakes every thread that waits for one.

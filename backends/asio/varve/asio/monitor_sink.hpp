@@ -36,7 +36,8 @@ struct monitor_sink_options {
     /// For the welcome: opening a store reads its newest checkpoints, and a monitor first finishes what an earlier connection left.
     std::chrono::milliseconds welcome_limit{60'000};
     std::chrono::milliseconds silence_limit{15'000};  ///< a monitor, which pings, is lost when it says nothing for so long
-    std::chrono::milliseconds retry_after{1'000};     ///< a monitor that could not be reached is not tried before
+    /// A monitor that could not be reached is not tried before, nor before four times what the last try took.
+    std::chrono::milliseconds retry_after{1'000};
     /// From the begin of a save's write to that of the next, for when_busy::replace; 0: as soon as the disk is free. The saves between are
     /// crash-safe and give way to newer ones. Takes room for three checkpoints in the pool, over TCP in the monitor's memory, and has no
     /// effect with less. Nothing is held back while the checkpointer drains or a sync save waits, nor once this process is gone; whoever
