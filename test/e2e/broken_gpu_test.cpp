@@ -38,7 +38,7 @@ std::shared_ptr<va::shared_pool> pool_in_gpu_memory() {
 }
 std::shared_ptr<va::shared_pool> pool_in_host_memory() { return std::make_shared<va::shared_pool>(pool_blocks * block, block); }
 
-/// A training whose GPU breaks while it hands its fifth save to the monitor, and which that kills.
+/// A training that dies of its GPU, which breaks before its fifth save.
 template <class Staging>
 int train_until_the_gpu_breaks(va::address const& monitor, std::string const& store, std::shared_ptr<va::shared_pool> (*make_pool)()) {
     int gpus = 0;

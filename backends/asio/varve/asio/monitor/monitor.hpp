@@ -51,7 +51,7 @@ struct monitor_options {
     std::chrono::milliseconds peer_retry{3'000};      ///< between tries to reach it
     std::chrono::milliseconds peer_farewell{60'000};  ///< what stop() gives it to get the newest, where it is there
     std::chrono::milliseconds hello_limit{5'000};     ///< for the first message
-    std::chrono::milliseconds ping_every{3'000};
+    std::chrono::milliseconds ping_every{3'000};      ///< well below the silence_limit of the sinks
     std::chrono::milliseconds silence_limit{15'000};  ///< a peer over TCP that says nothing for so long is gone
     system_calls* calls = &system_calls::kernel();    ///< on the way to disk; replaced in tests
     /// Opens a region of a trainer's GPU memory, by the descriptor that came with it and the GPU's name (see shared_pool::device).

@@ -126,7 +126,8 @@ private:
         std::vector<CUmemAccessDesc> out;
         auto allow = [&](int whom) { out.push_back({{CU_MEM_LOCATION_TYPE_DEVICE, whom}, CU_MEM_ACCESS_FLAGS_PROT_READWRITE}); };
         allow(device);
-        for (int other : others) allow(other);
+        for (int other : others)
+            if (other != device) allow(other);
         return out;
     }
 
