@@ -48,7 +48,7 @@ struct monitor_options {
     /// loopback. Its stores have the names of the folders here.
     std::optional<address> peer{};
     std::shared_ptr<tls_context const> peer_tls{};
-    std::chrono::milliseconds peer_retry{3'000};      ///< between tries to reach it
+    std::chrono::milliseconds peer_retry{3'000};      ///< between tries to reach it; or four times what the last took
     std::chrono::milliseconds peer_farewell{60'000};  ///< what stop() gives it to get the newest, where it is there
     std::chrono::milliseconds hello_limit{5'000};     ///< for the first message
     std::chrono::milliseconds ping_every{3'000};      ///< well below the silence_limit of the sinks
