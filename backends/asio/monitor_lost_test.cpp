@@ -278,7 +278,6 @@ BOOST_FIXTURE_TEST_CASE(blocks_of_a_monitor_that_falls_silent_and_dies_come_back
     auto c = t.start();
     auto first = t.save(1);
     c->take_save(t.hello);
-    c->say(wire::ping{});
     BOOST_TEST(first.durable().wait_for(20s) == errc::monitor_lost);
     // Every block is on loan, and nobody starts another monitor.
     monitor.die();

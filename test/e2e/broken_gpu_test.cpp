@@ -1,17 +1,13 @@
 #include <boost/test/unit_test.hpp>
 
-#include <sys/wait.h>
 #include <unistd.h>
-#include <cstdio>
 #include <filesystem>
 #include <memory>
 #include <utility>
 #include <vector>
 
-#include "broken_device.hpp"
-#include "device_model.hpp"
+#include "breaking_run.hpp"
 #include "monitored_runs.hpp"
-#include "step_files.hpp"
 #include "varve/asio/monitor_sink.hpp"
 #include "varve/asio/shared_pool.hpp"
 #include "varve/cuda/pinned_staging.hpp"
@@ -27,7 +23,6 @@ namespace {
 
 namespace va = varve::asio;
 constexpr std::size_t block = varve::block_unit_bytes, pool_blocks = 64;
-constexpr int no_gpu = 77, died = 3, wrong = 4;
 
 std::shared_ptr<va::shared_pool> pool_in_gpu_memory() {
     auto memory = std::make_shared<varve::cuda::shared_memory>(pool_blocks * block, block);
@@ -48,19 +43,7 @@ int train_until_the_gpu_breaks(va::address const& monitor, std::string const& st
     auto const pool = make_pool();
     varve::checkpointer<Staging, varve::async<3>, va::monitor_sink> ck(model.state(), Staging(pool->memory(), block, pool, {.snapshots = 2}), {},
                                                                        va::monitor_sink(monitor, store, {.pool = pool}));
-    auto train = [&](std::uint64_t step) {
-        ck.before_update_all({own.stream});
-        for (std::size_t l = 0; l < model.layers(); ++l) model.update(l, step, own.stream);
-    };
-    for (std::uint64_t step = 1; step <= 3; ++step) {
-        train(step);
-        if (ck.save(step, {}, {own.stream}).crash_safe().wait()) return wrong;
-    }
-    train(4);
-    ck.save(4, {}, {own.stream});
-    train(5);
-    break_device(own.stream);
-    ck.save(5, {}, {own.stream});
+    if (!save_until_the_gpu_breaks(ck, model, own.stream, [](varve::ticket const& t) { return t.crash_safe().wait(); })) return wrong;
     if (::cudaStreamSynchronize(own.stream) == cudaSuccess) return wrong;
     ::_exit(died);
 }
@@ -72,30 +55,16 @@ void the_monitor_commits_what_was_whole(std::shared_ptr<va::shared_pool> (*make_
     auto const socket = w.folder / "s", store = w.folder / "run";
     running_tool monitor({"monitor", "--dir", w.folder.path().string(), "--unix", socket});
     BOOST_TEST_REQUIRE(answers({"--unix", socket}));
-    auto const child = ::fork();
-    BOOST_TEST_REQUIRE(child >= 0);
-    if (child == 0) {
-        int code = wrong;
-        try {
-            code = train_until_the_gpu_breaks<Staging>(va::parse_address("unix:" + socket), store, make_pool);
-        } catch (std::exception const& e) {
-            std::fprintf(stderr, "in the child: %s\n", e.what());
-        }
-        ::_exit(code);
-    }
-    int status = 0;
-    BOOST_TEST_REQUIRE(::waitpid(child, &status, 0) == child);
+    auto const status = status_of_child([&] { return train_until_the_gpu_breaks<Staging>(va::parse_address("unix:" + socket), store, make_pool); });
     monitor.signal(SIGTERM);
     BOOST_TEST(monitor.ends_within(20s));
     BOOST_TEST(monitor.wait().code == 0);
-    BOOST_TEST_REQUIRE(WIFEXITED(status));
-    if (WEXITSTATUS(status) == no_gpu) return skip("no GPU here");
-    BOOST_TEST(WEXITSTATUS(status) == died);
+    if (status == no_gpu) return skip("no GPU here");
+    BOOST_TEST(status == died);
     auto const newest = newest_of_whole_files(store);
     BOOST_TEST(newest >= 3u);
     BOOST_TEST(newest <= 4u);
-    auto const whole = run_tool({"verify", store});
-    BOOST_TEST(whole.code == 0, whole.out << whole.err);
+    expect_whole(store);
 }
 
 }  // namespace

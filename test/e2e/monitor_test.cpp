@@ -272,8 +272,7 @@ BOOST_AUTO_TEST_CASE(training_goes_on_beside_a_monitor_that_is_stopped_and_is_sa
     auto const ended = run.wait();
     BOOST_TEST(ended.code == 130);
     BOOST_TEST(ended.err.find("is lost") != std::string::npos, ended.err);
-    auto const whole = run_tool({"verify", w.folder / "run"});
-    BOOST_TEST(whole.code == 0, whole.out << whole.err);
+    expect_whole(w.folder / "run");
     monitor.signal(SIGTERM);
     BOOST_TEST(monitor.ends_within(20s));
 }
@@ -346,8 +345,7 @@ BOOST_AUTO_TEST_CASE(several_trainers_share_a_monitor_and_its_status_tells_of_th
     one.signal(SIGKILL);
     one.wait();
     for (std::string const store : {"one", "two"}) {
-        auto const whole = run_tool({"verify", w.folder / store});
-        BOOST_TEST(whole.code == 0, whole.out << whole.err);
+        expect_whole(w.folder / store);
     }
 }
 

@@ -60,10 +60,7 @@ struct two_hosts {
         });
     }
     /// Every file that carries a checkpoint's name is whole there.
-    void nothing_is_broken_there() const {
-        auto const r = run_tool({"verify", w.folder / "there/run"});
-        BOOST_TEST(r.code == 0, r.out << r.err);
-    }
+    void nothing_is_broken_there() const { expect_whole(w.folder / "there/run"); }
     std::vector<std::string> train(std::uint64_t steps) const { return w.train("here/run", steps, {"--monitor", "unix:" + socket}); }
     void host_is_lost() const {
         fs::remove_all(w.folder / "here");

@@ -172,6 +172,11 @@ std::string newest_file(fs::path const& store) {
     return newest.string();
 }
 
+void expect_whole(fs::path const& store) {
+    auto const verified = run_tool({"verify", store.string()});
+    BOOST_TEST(verified.code == 0, verified.out << verified.err);
+}
+
 std::vector<std::string> joined(std::vector<std::string> first, std::vector<std::string> const& second) {
     first.insert(first.end(), second.begin(), second.end());
     return first;

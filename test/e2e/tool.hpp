@@ -83,6 +83,8 @@ nlohmann::json read_json(std::filesystem::path const& file);
 std::vector<std::uint64_t> stored_steps(std::filesystem::path const& store);
 /// The newest step's file.
 std::string newest_file(std::filesystem::path const& store);
+/// `varve verify` finds every checkpoint of the store whole.
+void expect_whole(std::filesystem::path const& store);
 
 /// Options of a model that trains a step in a few hundredths of a second, with more behind them.
 std::vector<std::string> tiny_model(std::vector<std::string> const& more = {});
