@@ -98,8 +98,11 @@ BOOST_FIXTURE_TEST_CASE(a_trainer_that_drains_says_so_to_the_monitor_that_takes_
 
 BOOST_FIXTURE_TEST_CASE(a_run_that_begins_with_a_monitor_that_ends_goes_on_with_the_next, at_socket) {
     trainer t(monitor, 3);
+    gate dead;
+    dead.close();
     std::atomic<int> spawned = 0;
     t.options.respawn = [&] {
+        dead.pass();
         monitor.listen();
         ++spawned;
     };
@@ -110,8 +113,9 @@ BOOST_FIXTURE_TEST_CASE(a_run_that_begins_with_a_monitor_that_ends_goes_on_with_
     c = monitor.accept();
     c->expect<wire::hello>();
     monitor.die();
+    dead.open();
     c.reset();
-    for (int i = 0; i < 20'000 && spawned == 0; ++i) std::this_thread::sleep_for(1ms);
+    BOOST_TEST_REQUIRE(comes_to([&] { return spawned != 0; }));
     c = monitor.accept();
     t.hello = c->greet();
     made.get();
@@ -287,6 +291,41 @@ BOOST_FIXTURE_TEST_CASE(blocks_of_a_monitor_that_falls_silent_and_dies_come_back
     BOOST_TEST_REQUIRE((second.wait_for(20s) == std::future_status::ready));
     BOOST_TEST(second.get().durable().wait_for(20s) == errc::monitor_lost);
     t.checkpointer->before_update();
+}
+
+BOOST_FIXTURE_TEST_CASE(a_monitor_that_falls_silent_and_dies_is_followed_by_another_at_once, at_socket) {
+    trainer t(monitor, 3);
+    t.options.silence_limit = 2s;
+    t.options.retry_after = 10min;
+    gate dead;
+    dead.close();
+    std::atomic<bool> spawned = false;
+    t.options.respawn = [&] {
+        dead.pass();
+        monitor.listen();
+        spawned = true;
+    };
+    auto c = t.start();
+    auto first = t.save(1);
+    c->take_save(t.hello);
+    BOOST_TEST(first.durable().wait_for(20s) == errc::monitor_lost);
+    // The connection that asks for the blocks again is not answered either.
+    auto again = monitor.accept();
+    again->expect<wire::hello>();
+    BOOST_TEST(!again->next().has_value());
+    BOOST_TEST(t.save(2).durable().wait_for(20s) == errc::monitor_lost);
+    again.reset();
+    monitor.die();
+    dead.open();
+    c.reset();
+    auto next = t.save(3);
+    BOOST_TEST_REQUIRE(comes_to([&] {
+        if (!spawned && next.durable().wait_for(0s) == errc::monitor_lost) next = t.save(next.step() + 1);
+        return spawned.load();
+    }));
+    c = monitor.accept();
+    c->greet();
+    commits(*c, t, next, 1);
 }
 
 BOOST_FIXTURE_TEST_CASE(blocks_come_back_from_a_monitor_that_refuses_the_run_when_it_is_found_again, at_socket) {

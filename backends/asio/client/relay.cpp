@@ -177,7 +177,7 @@ void relay::install(std::shared_ptr<session> s) {
 }
 
 std::shared_ptr<session> relay::connected() {
-    // Who waits for a welcome may do so for a minute, while a monitor is stuck; a save does not.
+    // Who waits for a welcome may do so for a minute, while a monitor gets ready; a save does not.
     std::unique_lock connecting(connecting_, std::chrono::system_clock::now() + options_.connect_limit);
     if (!connecting) throw lost(where_.text(), "it has not answered yet");
     std::shared_ptr<session> last;
@@ -199,7 +199,8 @@ std::shared_ptr<session> relay::connected() {
     }
 }
 
-/// A try may have taken long, with training waiting for it: most of the time it does not. A stop of this process in a try is none of it.
+/// A try may have taken long, with training waiting for it: most of the time it does not. Of a stop of this process in a try no more
+/// counts than the limit of a welcome.
 void relay::put_off(clock::time_point start_of_the_last) {
     auto const now = clock::now();
     auto const took = std::min<clock::duration>(now - start_of_the_last, options_.welcome_limit);
@@ -274,7 +275,10 @@ bool relay::try_to_settle(session& ended) noexcept {
     } catch (std::exception const&) {
         // Nobody is there any more, or it refuses this run, and the next save says why. It ends a connection only when it has let
         // the pool go.
-        if (ended.ended_by_monitor()) return true;
+        if (ended.ended_by_monitor()) {
+            not_before_ = {};
+            return true;
+        }
         put_off(start);
         return false;
     }
@@ -292,7 +296,8 @@ std::optional<fetched_checkpoint> relay::fetch(std::optional<std::uint64_t> step
     h.relayed = for_monitor_;
     h.extension = ".safetensors";
     open->send(h, clock::now() + options_.connect_limit);
-    open->expect<wire::welcome>(clock::now() + options_.welcome_limit);
+    open->expect<wire::welcome>(clock::now() + std::min(options_.silence_limit, options_.welcome_limit), options_.silence_limit,
+                                clock::now() + options_.welcome_limit);
     open->send(wire::fetch{step.has_value(), step.value_or(0), skip}, clock::now() + options_.connect_limit);
     // It may have to be fetched from a peer first.
     auto const about = open->expect<wire::image>(clock::now() + options_.welcome_limit, options_.silence_limit);
