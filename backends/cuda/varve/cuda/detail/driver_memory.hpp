@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include <fcntl.h>
+#include <algorithm>
 #include <cerrno>
 #include <cstddef>
 #include <cstdint>
@@ -124,10 +125,12 @@ public:
 private:
     static std::vector<CUmemAccessDesc> access_of(int device, std::span<int const> others) {
         std::vector<CUmemAccessDesc> out;
-        auto allow = [&](int whom) { out.push_back({{CU_MEM_LOCATION_TYPE_DEVICE, whom}, CU_MEM_ACCESS_FLAGS_PROT_READWRITE}); };
+        auto allow = [&](int whom) {
+            if (std::ranges::any_of(out, [&](auto const& a) { return a.location.id == whom; })) return;
+            out.push_back({{CU_MEM_LOCATION_TYPE_DEVICE, whom}, CU_MEM_ACCESS_FLAGS_PROT_READWRITE});
+        };
         allow(device);
-        for (int other : others)
-            if (other != device) allow(other);
+        std::ranges::for_each(others, allow);
         return out;
     }
 
