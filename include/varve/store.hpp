@@ -1,6 +1,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cerrno>
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
@@ -102,7 +103,19 @@ public:
     /// std::errc::no_space_on_device.
     slot acquire() {
         if (auto s = slots_.take()) return *std::move(s);
-        return slots_.make();
+        try {
+            return slots_.make();
+        } catch (error const& e) {
+            if (!no_room(e)) throw;
+            {
+                // After a crash in a commit more than the last K are there: the others give way now, not with the next commit.
+                std::lock_guard lock(mutex_);
+                if (!previous_run_.empty()) throw;
+                let_go_locked();
+            }
+            if (auto s = slots_.take()) return *std::move(s);
+            return slots_.make();
+        }
     }
 
     /// One above any sequence in the store.
@@ -115,12 +128,12 @@ public:
     /// lets go what is no longer kept. Returns the system's error; nothing was let go then.
     std::error_code commit(slot s, std::uint64_t step, std::uint64_t sequence) {
         auto name = detail::checkpoint_name(step, format_.extension());
+        std::lock_guard lock(mutex_);
         if (calls_.renameat(folder_.get(), s.name.c_str(), name.c_str()) != 0) {
             auto ec = last_system_error(errno);
-            give_back(std::move(s), true);
+            give_back(std::move(s), ec);
             return ec;
         }
-        std::lock_guard lock(mutex_);
         std::erase_if(checkpoints_, [&](auto const& c) { return c.name == name; });
         std::erase_if(previous_run_, [&](auto const& n) { return n == name; });
         std::erase_if(broken_, [&](auto const& b) { return b.name == name; });
@@ -136,10 +149,11 @@ public:
         return {};
     }
 
-    /// Returns a slot that was not committed. `trusted` is false after a failed sync: the file is not used again.
-    void give_back(slot s, bool trusted) {
-        s.written = s.written && trusted;
-        if (trusted && slots_.slot_bytes() != 0)
+    /// Returns a slot that was not committed, for that reason. A file that the disk could not write, or after a failed sync, is not
+    /// used again: the next save gets another.
+    void give_back(slot s, std::error_code why, bool synced = true) {
+        bool const broken = !synced || why == std::errc::io_error || why == std::errc::no_such_file_or_directory;
+        if (!broken && slots_.slot_bytes() != 0)
             slots_.put(std::move(s));
         else
             calls_.unlinkat(folder_.get(), s.name.c_str());
@@ -294,15 +308,28 @@ private:
         auto const before = slots_.free_count();
         try {
             while (slots_.free_count() < wanted) slots_.put(slots_.make());
-        } catch (error const&) {
+        } catch (error const& e) {
+            // After a crash in a commit one of more than K has a save's place, and gives way to it (see acquire).
+            if (no_room(e) && slots_.free_count() + surplus() >= wanted_slots(surplus())) return;
             slots_.shrink(before);
             throw;
         }
     }
 
-    std::size_t wanted_slots() const {
-        auto const kept = std::count_if(checkpoints_.begin(), checkpoints_.end(), [&](auto const& c) { return !is_kept_for_ever(c); });
-        auto const missing = options_.keep - std::min(options_.keep, static_cast<std::size_t>(kept));
+    /// Checkpoints that the next commit lets go.
+    std::size_t surplus() const {
+        if (!previous_run_.empty() || checkpoints_.size() <= options_.keep) return 0;
+        auto const last = checkpoints_.end() - static_cast<std::ptrdiff_t>(options_.keep);
+        return static_cast<std::size_t>(std::count_if(checkpoints_.begin(), last, [&](auto const& c) { return !is_kept_for_ever(c); }));
+    }
+
+    static bool no_room(error const& e) { return e.code() == std::errc::no_space_on_device || e.code() == last_system_error(EDQUOT); }
+
+    /// Once so many of the checkpoints are let go.
+    std::size_t wanted_slots(std::size_t let_go = 0) const {
+        auto const all = std::count_if(checkpoints_.begin(), checkpoints_.end(), [&](auto const& c) { return !is_kept_for_ever(c); });
+        auto const kept = static_cast<std::size_t>(all) - let_go;
+        auto const missing = options_.keep - std::min(options_.keep, kept);
         return options_.in_flight + std::min(missing, most_made_ahead);
     }
 

@@ -11,6 +11,8 @@
 #include <fstream>
 #include <functional>
 #include <map>
+#include <mutex>
+#include <string>
 #include <vector>
 
 #include <varve/checkpointer.hpp>
@@ -420,6 +422,75 @@ BOOST_AUTO_TEST_CASE(a_full_disk_later_fails_the_save_and_nothing_else) {
     calls.fail.clear();
     BOOST_TEST(r.ck.restore()->step == 3u);
     BOOST_TEST(!r.save(5));
+}
+
+BOOST_AUTO_TEST_CASE(after_a_crash_in_a_commit_a_full_disk_has_room_for_the_next_save) {
+    temporary_folder dir;
+    {
+        run r(dir.path(), options_with(nullptr, 3, varve::prepare_mode::none));
+        for (std::uint64_t step = 1; step <= 3; ++step) BOOST_TEST(!r.save(step));
+    }
+    // One more than K, since the oldest was not let go, and no file for a save.
+    for (auto const& e : fs::directory_iterator(dir.path()))
+        if (e.path().filename().string().starts_with(".partial-")) fs::remove(e.path());
+    recording_calls calls;
+    calls.fail["fallocate"] = ENOSPC;
+    run r(dir.path(), options_with(&calls, 2, varve::prepare_mode::allocate), calls);
+    BOOST_TEST(r.ck.restore(1)->step == 1u);
+    BOOST_TEST(!r.save(4));
+    BOOST_TEST((checkpoints_in(dir.path()) == std::vector{name_of(3), name_of(4)}));
+    BOOST_TEST(!r.save(5));
+    BOOST_TEST((checkpoints_in(dir.path()) == std::vector{name_of(4), name_of(5)}));
+}
+
+BOOST_AUTO_TEST_CASE(what_is_kept_for_ever_gives_no_save_its_place) {
+    temporary_folder dir;
+    auto kept = [](varve::system_calls* calls, std::size_t keep, varve::prepare_mode prepare) {
+        auto o = options_with(calls, keep, prepare);
+        o.keep_every = 10;
+        return o;
+    };
+    {
+        run r(dir.path(), kept(nullptr, 3, varve::prepare_mode::none));
+        for (std::uint64_t step : {8, 9, 10}) BOOST_TEST(!r.save(step));
+    }
+    for (auto const& e : fs::directory_iterator(dir.path()))
+        if (e.path().filename().string().starts_with(".partial-")) fs::remove(e.path());
+    recording_calls calls;
+    calls.fail["fallocate"] = ENOSPC;
+    // With 8 let go there is a place for 11, and none for 13.
+    BOOST_CHECK_EXCEPTION(run(dir.path(), kept(&calls, 2, varve::prepare_mode::allocate), calls), varve::error,
+                          has_code(std::errc::no_space_on_device));
+    BOOST_TEST((checkpoints_in(dir.path()) == std::vector{name_of(8), name_of(9), name_of(10)}));
+}
+
+BOOST_AUTO_TEST_CASE(a_file_that_cannot_be_written_fails_one_save_and_is_not_used_again) {
+    struct : varve::system_calls {
+        int openat(int folder, char const* name, int flags, mode_t mode) override {
+            int const fd = system_calls::openat(folder, name, flags, mode);
+            std::lock_guard lock(mutex);
+            names[fd] = name;
+            return fd;
+        }
+        ssize_t pwrite(int fd, void const* data, std::size_t size, off_t offset) override {
+            std::lock_guard lock(mutex);
+            if (names[fd] != bad) return system_calls::pwrite(fd, data, size, offset);
+            errno = EIO;
+            return -1;
+        }
+        std::mutex mutex;
+        std::map<int, std::string> names;
+        std::string bad;
+    } calls;
+    temporary_folder dir;
+    run r(dir.path(), options_with(&calls, 1, varve::prepare_mode::allocate), calls);
+    for (std::uint64_t step = 1; step <= 2; ++step) BOOST_TEST(!r.save(step));
+    for (auto const& e : fs::directory_iterator(dir.path()))
+        if (auto const name = e.path().filename().string(); name.starts_with(".partial-")) calls.bad = name;
+    BOOST_TEST_REQUIRE(!calls.bad.empty());
+    BOOST_TEST((r.save(3) == std::errc::io_error));
+    BOOST_TEST(!fs::exists(dir.path() / calls.bad));
+    for (std::uint64_t step = 4; step <= 6; ++step) BOOST_TEST(!r.save(step));
 }
 
 BOOST_AUTO_TEST_CASE(the_checkpoint_before_is_taken_when_the_newest_is_broken) {

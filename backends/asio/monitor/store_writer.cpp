@@ -250,7 +250,7 @@ void held_store::discard(std::unique_lock<std::mutex>& lock) {
     auto const s = current_;
     lock.unlock();
     s->target.reset();
-    if (s->file) files_->give_back(*std::exchange(s->file, std::nullopt), true);
+    if (s->file) files_->give_back(*std::exchange(s->file, std::nullopt), s->error);
     if (s->memory_alone && hooks_.log) hooks_.log(path_.string() + ": " + s->why);
     lock.lock();
     try_again_soon();
@@ -308,7 +308,7 @@ std::error_code held_store::write_and_commit(held_save& s, std::string& why) {
     auto file = *std::exchange(s.file, std::nullopt);
     try {
         if (outcome)
-            files_->give_back(std::move(file), synced);
+            files_->give_back(std::move(file), outcome, synced);
         else
             outcome = files_->commit(std::move(file), s.step, s.sequence);
     } catch (std::exception const& e) {

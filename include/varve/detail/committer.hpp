@@ -96,7 +96,7 @@ private:
         if (job.file) {
             try {
                 if (outcome)
-                    files_->give_back(std::move(*job.file), synced);
+                    files_->give_back(std::move(*job.file), outcome, synced);
                 else
                     outcome = files_->commit(std::move(*job.file), job.step(), sequence_);
             } catch (std::exception const&) {

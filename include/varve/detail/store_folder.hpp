@@ -60,7 +60,12 @@ inline std::vector<std::string> names_in(int folder) {
     int copy = ::openat(folder, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     std::unique_ptr<DIR, int (*)(DIR*)> stream(copy < 0 ? nullptr : ::fdopendir(copy), ::closedir);
     auto const refuse = [] { throw error(last_system_error(errno), "cannot list the store's folder"); };
-    if (!stream) refuse();
+    if (!stream) {
+        auto const why = errno;
+        if (copy >= 0) ::close(copy);
+        errno = why;
+        refuse();
+    }
     for (;;) {
         errno = 0;
         auto const* entry = ::readdir(stream.get());

@@ -81,10 +81,14 @@ public:
         }
         target.reset();
         if (file) {
-            if (outcome)
-                files_->give_back(*std::move(file), synced);
-            else
-                outcome = files_->commit(*std::move(file), step, sequence_);
+            try {
+                if (outcome)
+                    files_->give_back(*std::move(file), outcome, synced);
+                else
+                    outcome = files_->commit(*std::move(file), step, sequence_);
+            } catch (std::exception const&) {
+                if (!outcome) outcome = std::make_error_code(std::errc::not_enough_memory);
+            }
         }
         if (outcome) {
             ticket.fail(outcome);
