@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
@@ -33,7 +34,11 @@ public:
     using job_ptr = typename line_type::job_ptr;
     using block_type = typename line_type::block_type;
 
-    copier(line_type& line, Staging& staging, block_writer<Staging, Sink>& writer) : line_(line), staging_(staging), writer_(writer) {}
+    copier(line_type& line, Staging& staging, block_writer<Staging, Sink>& writer) : line_(line), staging_(staging), writer_(writer) {
+        std::size_t most = 0;
+        for (auto const& b : line_.map.blocks()) most = std::max(most, line_.map.parts(b).size());
+        ranges_.reserve(most);
+    }
 
     /// Copies until it is to stop.
     void run(std::stop_token stop) {
@@ -108,6 +113,10 @@ private:
         try {
             // Here, and not at begin: fresh memory costs the training thread a page fault for each 4 KiB.
             if (job->next_block == 0) job->chunk_digests.resize(chunk_count(line_.layout.data_bytes()));
+            {
+                std::lock_guard inner(line_.mutex);
+                job->blocks[job->next_block].copies.reserve(line_.map.parts(line_.map.blocks()[job->next_block]).size());
+            }
             buffer = acquire_for(*job);
         } catch (std::bad_alloc const&) {
             line_.abandon(job, std::make_error_code(std::errc::not_enough_memory));
@@ -162,7 +171,13 @@ private:
             block.copies.push_back(token);
             job->next_part = end;
             if (job->by_snapshot) continue;
-            line_.layers[layer].copies.push_back(token);
+            try {
+                line_.layers[layer].copies.push_back(token);
+            } catch (std::bad_alloc const&) {
+                lock.unlock();
+                token.wait();
+                lock.lock();
+            }
             if (!layer_done) continue;
             --line_.layers[layer].uncopied;
             lock.unlock();
@@ -173,8 +188,15 @@ private:
         if (job->error || job->next_part < parts.size()) return;
         if (job->next_block + 1 == line_.blocks()) hash_snapshot(*job, lock);
         if (job->error) return;
+        try {
+            line_.staged.push_back({job, job->next_block});
+        } catch (std::bad_alloc const&) {
+            lock.unlock();
+            line_.abandon(job, std::make_error_code(std::errc::not_enough_memory));
+            lock.lock();
+            return;
+        }
         job->filling = false;
-        line_.staged.push_back({job, job->next_block});
         ++job->next_block;
         job->next_part = 0;
         if (line_.has_staged()) line_.staged_work.notify_one();

@@ -7,6 +7,7 @@
 #include <condition_variable>
 #include <cstdint>
 #include <mutex>
+#include <new>
 #include <optional>
 #include <stop_token>
 #include <string>
@@ -162,7 +163,12 @@ private:
             // A slot that cannot be written counts as written here, so that it is not tried for ever: its save says why.
             mine.written = gone_well || !interrupt_;
             preparing_ = interrupt_ = false;
-            free_.push_back(std::move(mine));
+            try {
+                free_.push_back(std::move(mine));
+            } catch (std::bad_alloc const&) {
+                // The next save makes another.
+                calls_.unlinkat(folder_, mine.name.c_str());
+            }
             lock.unlock();
             changed_.notify_all();
             lock.lock();
