@@ -212,7 +212,7 @@ private:
                 std::string where;
                 if (auto it = record_of_.find(&t); it != record_of_.end())
                     where = record_name(it->second);
-                else if (t.shape.empty())
+                else if (!zeros_.contains(&t) && t.shape.empty())
                     where = "=" + detail::hex_bytes(std::span(static_cast<std::byte const*>(t.data), t.size_bytes()));
                 else if (!zeros_.contains(&t))
                     throw error(invalid(), "the torch archive has no place for " + t.name + ": it is not the training state's that it was made for");

@@ -7,8 +7,11 @@
 #include <sys/resource.h>
 #include <unistd.h>
 #include <cstdlib>
+#include <memory>
 #include <optional>
 #include <random>
+#include <span>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -42,6 +45,21 @@ public:
 
 private:
     int fd_;
+};
+
+/// A device that nothing is to be read from.
+struct unread_device final : varve::device_memory {
+    struct empty final : reader {
+        std::span<std::byte const> next() override { return {}; }
+    };
+    std::span<std::byte> borrow() override { throw std::logic_error("nothing is restored"); }
+    void write(varve::tensor const&, std::uint64_t, std::span<std::byte const>) override {}
+    void give_back(std::span<std::byte>) noexcept override {}
+    void finish() override {}
+    std::unique_ptr<reader> read(std::vector<varve::tensor const*> from) override {
+        BOOST_TEST(from.empty());
+        return std::make_unique<empty>();
+    }
 };
 
 std::string streamed(training_state& training, varve::commit_values const& values = {3, 7, {{"note", "a \"b\""}}}) {
@@ -121,6 +139,48 @@ BOOST_AUTO_TEST_CASE(a_checkpoint_restores_bit_for_bit_into_fresh_objects) {
                     put_back(from.training->state(), saved);
                 }
             }
+}
+
+BOOST_AUTO_TEST_CASE(of_momentum_that_is_not_there_yet_nothing_is_read) {
+    struct scaled : torch::nn::Module {
+        scaled() {
+            weight = register_parameter("weight", torch::ones({4}));
+            scale = register_parameter("scale", torch::tensor(2.f));
+        }
+        torch::Tensor weight, scale;
+    } from, to;
+    auto const options = torch::optim::SGDOptions(0.1).momentum(0.5);
+    torch::optim::SGD optimizer(from.parameters(), options), other(to.parameters(), options);
+    training_state training(from, optimizer), fresh(to, other);
+    from.weight.sum().backward();
+    optimizer.step();
+    (to.weight.sum() * to.scale).backward();
+    other.step();
+    for (std::size_t l = 0; l < training.state().layers.size(); ++l) training.state().refresh(l);
+    // As on a GPU, whose memory cannot be read here.
+    std::size_t unreadable = 0;
+    for (auto& l : training.state().layers)
+        for (auto& t : l.tensors)
+            if (t.name == "optimizer.scale.momentum_buffer") {
+                t.memory = varve::memory_kind::device;
+                t.data = nullptr;
+                ++unreadable;
+            }
+    BOOST_TEST_REQUIRE(unreadable == 1u);
+    text_stream out;
+    archive(training, std::make_shared<unread_device>()).stream(training.state(), {3, 7, {}}, out);
+    memory_file file(out.text);
+    archive_reader().restore(file.fd(), fresh.state(), {});
+    fresh.state().restored();
+    BOOST_TEST(torch::equal(to.weight, from.weight));
+    for (int step = 1; step <= 2; ++step)
+        for (auto* m : {&from, &to}) {
+            auto& o = m == &from ? optimizer : other;
+            o.zero_grad();
+            (m->weight.sum() * m->scale).backward();
+            o.step();
+        }
+    BOOST_TEST(torch::equal(to.scale, from.scale));
 }
 
 BOOST_AUTO_TEST_CASE(only_the_model_is_restored_on_request) {
