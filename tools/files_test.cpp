@@ -324,6 +324,17 @@ BOOST_AUTO_TEST_CASE(a_file_that_cannot_be_looked_at_is_not_passed_over) {
                               [](auto const& e) { return has(e.what(), "step-000000000007.safetensors: cannot be read"); });
 }
 
+BOOST_AUTO_TEST_CASE(a_link_to_nothing_is_none_that_a_writer_let_go) {
+    add(1, 1);
+    std::filesystem::create_symlink(file("nowhere"), file("step-000000000002.safetensors"));
+    auto const verified = run(tool::verify, {dir()});
+    BOOST_TEST(verified.code == 1);
+    BOOST_TEST(has(verified.out, "step-000000000002.safetensors: BROKEN: "), verified.out);
+    auto const restored = run(tool::restore, {dir(), "--output", file("out.safetensors")});
+    BOOST_TEST(restored.code == 1);
+    BOOST_TEST(has(restored.err, "step-000000000002.safetensors: cannot be read, and may be the newest"), restored.err);
+}
+
 BOOST_AUTO_TEST_CASE(restore_takes_files_of_others_as_they_are) {
     auto json = R"({"__metadata__":{"long":")" + std::string(9000, 'x') + R"("},"x":{"dtype":"U8","shape":[2],"data_offsets":[0,2]}})";
     write_file(folder.path() / "theirs", file_of(json, "ab"));

@@ -36,7 +36,8 @@ listed_store list_store(std::filesystem::path const& folder) {
             out.checkpoints.push_back({path, identity.step, identity.sequence, static_cast<std::uint64_t>(info.st_size)});
         } catch (error const& e) {
             if (e.code() == errc::unsupported) throw error(e.code(), detail::printable(path.string()) + ": " + e.what());
-            if (e.code() != std::errc::no_such_file_or_directory) out.broken.push_back({path, e.what(), detail::tells_of_the_file(e.code())});
+            bool const absent = e.code() == std::errc::no_such_file_or_directory;  // a link to nothing, or let go
+            if (!was_let_go(e, path)) out.broken.push_back({path, e.what(), !absent && detail::tells_of_the_file(e.code())});
         }
     }
     std::stable_sort(out.checkpoints.begin(), out.checkpoints.end(), [](auto const& a, auto const& b) { return a.sequence > b.sequence; });

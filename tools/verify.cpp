@@ -48,7 +48,7 @@ judgement judge(std::filesystem::path const& path, bool structure_only, std::ost
         out.whole = true;
     } catch (error const& e) {
         if (e.code() == errc::unsupported) throw error(e.code(), detail::printable(path.string()) + ": " + e.what());
-        out.gone = e.code() == std::errc::no_such_file_or_directory;
+        out.gone = was_let_go(e, path);
         out.says = e.what();
     }
     return out;
