@@ -30,6 +30,7 @@ using clock = std::chrono::steady_clock;
 constexpr std::chrono::seconds start_limit{20};
 /// A monitor ends by itself when it has committed what is crash-safe.
 constexpr std::chrono::seconds end_limit{120};
+constexpr std::chrono::milliseconds look_every{5};
 constexpr int ready_descriptor = 3;
 
 std::string digest_of(std::string const& text) { return detail::hex(detail::digest(std::as_bytes(std::span(text)))); }
@@ -124,14 +125,16 @@ public:
             if (child_ > 0) ::kill(child_, SIGTERM);
         }
         // Our goodbye was its last word; what is crash-safe is committed first.
-        for (auto const until = clock::now() + end_limit; clock::now() < until; std::this_thread::sleep_for(std::chrono::milliseconds(5))) {
+        for (auto const until = clock::now() + end_limit; clock::now() < until; std::this_thread::sleep_for(look_every)) {
             reap(false);
             if (child_ <= 0 && (!found_ || !is_there())) break;
         }
         // A second SIGTERM would end it whatever it holds.
         if (child_ > 0 && method_started_) {
             ::kill(child_, SIGTERM);
-            reap(true);
+            for (auto const until = clock::now() + end_limit; child_ > 0 && clock::now() < until; std::this_thread::sleep_for(look_every))
+                reap(false);
+            if (child_ > 0) say_("the monitor, process " + std::to_string(child_) + ", is still at work and is left to it");
         }
         if (made_folder_) ::rmdir(where_.path.parent_path().c_str());  // others' sockets keep it
     }

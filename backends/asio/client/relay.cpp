@@ -172,6 +172,8 @@ void relay::install(std::shared_ptr<session> s) {
         current_ = std::move(s);
         settled_ = nullptr;
         if (draining_) current_->set_draining(true);
+        // A welcome that came while this sink ends: nobody else says goodbye to it.
+        if (ending_) current_->finish(options_.goodbye_limit);
     }
     changed_.notify_all();
 }
