@@ -177,6 +177,8 @@ BOOST_AUTO_TEST_CASE(a_peer_that_is_away_is_told_of_once_and_gets_the_newest_whe
     BOOST_TEST(away.at("connected") == false);
     BOOST_TEST(!away.at("why").get<std::string>().empty());
     BOOST_TEST(said == 1);
+    // What it would send with is a trainer's meanwhile.
+    BOOST_TEST(here.becomes([&](auto const& s) { return s["memory_used_bytes"] == t.pool_bytes; }));
     for (std::uint64_t step : {2, 3}) saves(t, step);
     // It comes with its trainer gone, too.
     t.peer.close();
@@ -210,6 +212,18 @@ BOOST_FIXTURE_TEST_CASE(a_peer_that_dies_in_mid_save_gets_the_whole_of_it_again,
     BOOST_TEST(whole.commit.chunk_digests == t.digests(), boost::test_tools::per_element());
     connection->finish(whole, 1);
     BOOST_TEST(here.becomes([](auto const& s) { return s["peer"]["stores"][0].value("durable_step", 0) == 2; }));
+}
+
+BOOST_FIXTURE_TEST_CASE(what_a_peer_has_not_committed_in_the_end_does_not_count_as_safe_there, played_peer) {
+    auto const connection = peer.accept();
+    auto const hello = connection->greet({wire::version, 0, 0, 0, 1u << 30});
+    saves(t, 1);
+    auto const save = connection->take_save(hello);
+    connection->say(wire::crash_safe{save.begin.save});
+    BOOST_TEST(here.becomes([](auto const& s) { return s["peer"]["stores"][0].value("crash_safe_step", 0) == 1; }));
+    connection->say(wire::failed{save.begin.save, std::make_error_code(std::errc::no_space_on_device), "no room"});
+    BOOST_TEST(here.becomes([](auto const& s) { return has(s["peer"]["stores"][0].value("why", ""), "not committed"); }));
+    BOOST_TEST(!here.status()["peer"]["stores"][0].contains("crash_safe_step"));
 }
 
 BOOST_FIXTURE_TEST_CASE(a_checkpoint_that_broke_on_the_disk_does_not_reach_the_peer, played_peer) {
@@ -313,6 +327,30 @@ BOOST_AUTO_TEST_CASE(memory_to_send_with_is_left_beside_blocks_that_come_as_payl
     t.greet();
     saves(t, 1);
     BOOST_TEST(w.here.becomes([](auto const& s) { return has(s["peer"]["stores"][0].value("why", ""), "--memory-mb"); }));
+}
+
+BOOST_AUTO_TEST_CASE(a_step_that_the_peer_has_of_another_run_is_sent_all_the_same) {
+    two_monitors w;
+    leave(w.there, {1});
+    {
+        workplace beside(true, [&](auto& o) {
+            o.dir = w.here.folder.path() / "stores";
+            o.linger = 0ms;
+        });
+        leave(beside, {1});
+    }
+    auto t = w.here.trainer(1);
+    BOOST_TEST(t.greet().durable_step == 1u);
+    BOOST_TEST(w.here.becomes([](auto const& s) { return s["peer"]["stores"].size() == 1u && s["peer"]["stores"][0]["sent"] == 1; }));
+    BOOST_TEST(w.copy()["up_to_date"] == true);
+    // And once.
+    t.peer.close();
+    BOOST_TEST_REQUIRE(w.here.store_is_free());
+    auto again = w.here.trainer(1);
+    again.greet();
+    BOOST_TEST(w.here.becomes([](auto const& s) { return s["peer"]["stores"][0]["connected"] == true; }));
+    BOOST_TEST(w.copy()["up_to_date"] == true);
+    BOOST_TEST(w.copy()["sent"] == 0);
 }
 
 BOOST_AUTO_TEST_CASE(a_run_from_the_beginning_does_not_push_out_what_the_peer_has) {

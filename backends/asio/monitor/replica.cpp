@@ -130,7 +130,11 @@ std::uint64_t const replica::memory_bytes = pieces * (granule_bytes + varve::det
 
 replica::replica(replica_settings settings, std::optional<local_checkpoint> newest, std::shared_ptr<replica>& before)
     : settings_(std::move(settings)), relay_(settings_.peer, settings_.store.filename().string(), options_of(settings_), true), newest_(newest),
-      found_(newest.has_value()), highest_step_(newest ? newest->step : 0) {
+      highest_step_(newest ? newest->step : 0) {
+    if (before) {
+        std::lock_guard lock(before->mutex_);
+        there_.durable_sequence = before->there_.durable_sequence;
+    }
     tensors_.layers = settings_.run.layers;
     tensors_.aliases = settings_.run.aliases;
     before_ = std::move(before);
@@ -154,7 +158,7 @@ void replica::offer(local_checkpoint c) {
     std::lock_guard lock(mutex_);
     if (newest_ && c.sequence <= newest_->sequence) return;
     newest_ = c;
-    found_ = settled_ = false;
+    settled_ = false;
     highest_step_ = std::max(highest_step_, c.step);
     // Somebody trains from before what the peer has: it would let go of that for this.
     if (connected_ && peer_is_ahead() && !std::exchange(said_ahead_, true))
@@ -213,6 +217,8 @@ void replica::run() noexcept {
     while (!is_finished()) {
         lock.unlock();
         bool const went_well = reach() && send_newest();
+        // While nothing is sent it is a trainer's.
+        if (!went_well) memory_.reset();
         lock.lock();
         tried_ = true;
         if (is_finished()) break;
@@ -261,8 +267,8 @@ void replica::greeted(wire::welcome const& there) {
         connected_ = true;
         if (!std::exchange(why_, {}).empty()) line = "the peer at " + settings_.peer.text() + " is there";
         there_.welcomed_step = there_.durable_step = there_.crash_safe_step = there.durable_step;
-        // What it was sent before, or had when we came. Another run's of the same step may be another checkpoint.
-        settled_ = newest_ && newest_->step == there.durable_step && (found_ || there_.durable_sequence == newest_->sequence);
+        // What it was sent before. Another one of the same step may be of another run, or of the same one that went back.
+        settled_ = newest_ && newest_->step == there.durable_step && there_.durable_sequence == newest_->sequence;
         if (peer_is_ahead()) why_ = "its store stands at step " + std::to_string(there.durable_step) + " already: what comes before is not sent";
     }
     if (!line.empty()) settings_.log(settings_.store.string() + ": " + line);
@@ -302,6 +308,7 @@ bool replica::send_newest() noexcept {
     {
         std::lock_guard lock(mutex_);
         there_.sending.reset();
+        if (!why.empty()) there_.crash_safe_step = there_.durable_step;
         bool const is_newest = newest_->sequence == c.sequence;
         if (why.empty()) {
             there_.sending_time += clock::now() - since;

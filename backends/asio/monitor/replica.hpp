@@ -33,7 +33,7 @@ struct replica_settings {
     std::chrono::milliseconds retry_every{3'000};
     std::filesystem::path store;
     wire::hello run;  ///< the trainer's
-    /// The memory that it sends with, until it is over; nothing where there is no room for it.
+    /// The memory that it sends with, while the peer is there; nothing where there is no room for it.
     std::function<std::optional<memory_budget::lease>()> memory;
     std::function<void(std::string const&)> log;
     std::function<void()> ended;  ///< the last call, on its own thread
@@ -92,8 +92,7 @@ private:
     mutable std::mutex mutex_;
     std::condition_variable changed_;
     std::optional<local_checkpoint> newest_;
-    bool found_ = false;    ///< `newest_` stood there before this trainer came
-    bool settled_ = false;  ///< the peer has it, or it is no more
+    bool settled_ = false;  ///< the peer has `newest_`, or it is no more
     std::uint64_t highest_step_ = 0;
     bool finishing_ = false, cancelled_ = false, over_ = false;
     std::optional<clock::time_point> deadline_;
