@@ -1,5 +1,6 @@
 #include <boost/test/unit_test.hpp>
 
+#include <fcntl.h>
 #include <atomic>
 
 #include "moody_workplace.hpp"
@@ -89,6 +90,52 @@ BOOST_AUTO_TEST_CASE(what_only_memory_has_lingers_though_there_is_no_more_of_it)
     auto const image = fetched(t, w.place.monitor->where());
     BOOST_TEST_REQUIRE(image.has_value());
     BOOST_TEST(image->step == 1u);
+}
+
+BOOST_AUTO_TEST_CASE(what_lingers_gives_way_to_what_was_saved_without_the_monitor) {
+    for (bool durable : {true, false}) {
+        moody_workplace w(true, 10min);
+        auto t = w.trainer(2);
+        if (durable) {
+            t.greet();
+            t.save(1, 1);
+            t.peer.expect<wire::durable>();
+            t.peer.close();
+        } else {
+            w.loses_trainer_and_disk(t);
+        }
+        BOOST_TEST_REQUIRE(w.place.becomes([](auto const& s) { return s.contains("lingering"); }));
+        {
+            workplace other(true, [&](auto& o) {
+                o.dir = w.place.folder.path() / "stores";
+                o.linger = 0ms;
+            });
+            auto beside = other.trainer(1);
+            beside.greet();
+            beside.save(1, 2);
+            beside.peer.expect<wire::durable>();
+        }
+        auto const image = fetched(t, w.place.monitor->where());
+        BOOST_TEST_REQUIRE(image.has_value());
+        BOOST_TEST(image->step == 2u);
+        BOOST_TEST(!image->in_memory);
+        BOOST_TEST(!w.place.status().contains("lingering"));
+    }
+}
+
+BOOST_AUTO_TEST_CASE(who_leaves_while_the_store_is_not_free_leaves_no_memory) {
+    moody_workplace w;
+    auto t = w.trainer(1);
+    w.save_held_up(t);
+    w.disk.wait_for_write();
+    t.peer.close();
+    BOOST_TEST_REQUIRE(w.trainer_is_gone());
+    auto next = w.trainer(1);
+    auto const before = shared_memories();
+    next.peer.send(next.hello, {next.memory.get()});
+    BOOST_TEST_REQUIRE(comes_to([&] { return shared_memories() > before; }));
+    next.peer.close();
+    BOOST_TEST(comes_to([&] { return shared_memories() == before; }));
 }
 
 BOOST_AUTO_TEST_CASE(while_the_disk_stands_still_every_save_is_crash_safe_and_gives_way_to_the_next) {
@@ -197,6 +244,41 @@ BOOST_AUTO_TEST_CASE(a_trainer_that_went_while_its_store_was_opened_is_not_in_th
     next.save(1, 1);
     next.peer.expect<wire::durable>();
     BOOST_TEST(next.holds(w.file(1), 1));
+}
+
+BOOST_AUTO_TEST_CASE(a_disk_that_keeps_a_reader_waiting_holds_up_nobody_else) {
+    failing_calls calls;
+    std::atomic<bool> held_up = false;
+    auto const go_on = [&] {
+        held_up = false;
+        held_up.notify_all();
+    };
+    calls.on_open = [&](int flags) {
+        if (flags == (O_RDONLY | O_NONBLOCK)) held_up.wait(true);
+        return 0;
+    };
+    workplace w(true, [&](auto& o) {
+        o.calls = &calls;
+        o.threads = 1;
+    });
+    std::shared_ptr<void> const at_last(nullptr, [&](void*) { go_on(); });  // whatever this test finds
+    auto t = w.trainer(2);
+    t.greet();
+    t.save(1, 1);
+    t.peer.expect<wire::durable>();
+    held_up = true;
+    raw_peer reader(w.monitor->where());
+    wire::hello hello;
+    hello.purpose = wire::purpose::fetch;
+    hello.store = "run";
+    reader.send(hello);
+    reader.expect<wire::welcome>();
+    reader.send(wire::fetch{false, 0, 0});
+    BOOST_TEST(!reader.hears_within(200ms));
+    t.save(2, 2, 1);
+    t.peer.expect<wire::durable>();
+    go_on();
+    BOOST_TEST(reader.expect<wire::image>().step == 1u);
 }
 
 BOOST_AUTO_TEST_CASE(stop_in_mid_write_commits_what_is_crash_safe_and_discards_the_rest) {

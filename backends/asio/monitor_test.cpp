@@ -169,17 +169,6 @@ BOOST_AUTO_TEST_CASE(memory_is_given_back_with_its_trainer) {
     BOOST_TEST(w.becomes([](auto const& s) { return s["memory_used_bytes"] == 0; }));
 }
 
-/// Descriptors and mappings of shared memory that this process has.
-std::size_t shared_memories() {
-    std::size_t count = 0;
-    std::error_code gone;
-    for (auto const& entry : std::filesystem::directory_iterator("/proc/self/fd"))
-        count += std::filesystem::read_symlink(entry.path(), gone).string().starts_with("/memfd:");
-    std::ifstream maps("/proc/self/maps");
-    for (std::string line; std::getline(maps, line);) count += has(line, "/memfd:");
-    return count;
-}
-
 BOOST_AUTO_TEST_CASE(no_shared_memory_of_a_trainer_is_left) {
     workplace w(true, [](auto& o) { o.linger = 200ms; });
     auto const before = shared_memories();

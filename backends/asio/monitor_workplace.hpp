@@ -1,9 +1,12 @@
 #pragma once
 
+#include <filesystem>
+#include <fstream>
 #include <functional>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
+#include <system_error>
 
 #include "comes_to.hpp"
 #include "raw_peer.hpp"
@@ -60,5 +63,16 @@ struct welcomed_trainer : workplace {
 };
 
 inline bool has(std::string const& text, std::string const& words) { return text.find(words) != std::string::npos; }
+
+/// Descriptors and mappings of shared memory that this process has.
+inline std::size_t shared_memories() {
+    std::size_t count = 0;
+    std::error_code gone;
+    for (auto const& entry : std::filesystem::directory_iterator("/proc/self/fd"))
+        count += std::filesystem::read_symlink(entry.path(), gone).string().starts_with("/memfd:");
+    std::ifstream maps("/proc/self/maps");
+    for (std::string line; std::getline(maps, line);) count += has(line, "/memfd:");
+    return count;
+}
 
 }  // namespace varve_test

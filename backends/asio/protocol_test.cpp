@@ -271,6 +271,11 @@ BOOST_AUTO_TEST_CASE(over_a_unix_socket_a_store_may_stand_anywhere) {
     t.save(1, 1);
     t.peer.expect<wire::durable>();
     BOOST_TEST(t.holds(w.folder.path() / "elsewhere" / varve::detail::checkpoint_name(1, ".safetensors"), 1));
+    // The same one, whether it is there yet or not.
+    auto with_slash = w.trainer(1, (w.folder.path() / "new" / "").string());
+    with_slash.greet();
+    auto const stores = w.status()["stores"];
+    BOOST_TEST(std::any_of(stores.begin(), stores.end(), [&](auto const& s) { return s["path"] == (w.folder.path() / "new").string(); }));
 }
 
 BOOST_AUTO_TEST_CASE(who_says_nothing_is_let_go_in_time) {
@@ -358,6 +363,26 @@ BOOST_AUTO_TEST_CASE(who_asks_and_never_listens_is_let_go) {
     BOOST_TEST(w.becomes([](auto const& s) { return s["connections"] == 1; }));
     t.save(1, 1);
     t.peer.expect<wire::durable>();
+}
+
+BOOST_AUTO_TEST_CASE(who_fetches_and_never_listens_is_let_go) {
+    workplace w;
+    auto t = w.trainer(1);
+    t.greet();
+    t.save(1, 1);
+    t.peer.expect<wire::durable>();
+    raw_peer deaf(w.monitor->where());
+    wire::hello hello;
+    hello.purpose = wire::purpose::fetch;
+    hello.store = "run";
+    deaf.send(hello);
+    deaf.expect<wire::welcome>();
+    // Each answer has a descriptor.
+    for (int i = 0; i < 2'000 && !deaf.write_error; ++i) {
+        deaf.send(wire::fetch{true, 1, 0});
+        std::this_thread::sleep_for(1ms);
+    }
+    BOOST_TEST(has(deaf.refusal(), "before the last one was answered"));
 }
 
 BOOST_AUTO_TEST_CASE(who_speaks_no_tls_to_a_monitor_that_does_is_not_heard) {

@@ -5,6 +5,7 @@
 
 #include <unistd.h>
 #include <algorithm>
+#include <iterator>
 #include <thread>
 
 #include "varve/detail/text.hpp"
@@ -19,6 +20,11 @@ namespace varve::asio::server {
 namespace {
 
 constexpr std::size_t most_sessions = 256, most_network_sessions = 192;
+/// That a disk may keep waiting before others wait with them.
+constexpr std::size_t reads_at_once = 4;
+constexpr std::size_t asked_at_once = 2;
+/// Beyond which those of runs that are over go.
+constexpr std::size_t most_replicas = 64;
 /// With `once`: for how long nobody may come before it ends.
 constexpr std::chrono::seconds first_trainer_limit{60};
 /// Of greetings of more than a buffer that are being read, in all: two of the largest.
@@ -26,13 +32,18 @@ constexpr std::uint64_t most_greeting_bytes = 2 * wire::most_hello_bytes;
 /// For a connection to end whose process has.
 constexpr std::chrono::seconds busy_limit{1};
 
+error no_memory_for_it(std::exception const& e) {
+    return error(std::make_error_code(std::errc::not_enough_memory), std::string("the monitor cannot go on with this connection: ") + e.what());
+}
+
 std::string megabytes(std::uint64_t bytes) { return std::to_string((bytes + 999'999) / 1'000'000) + " MB"; }
 
 }  // namespace
 
 core::core(monitor_options options)
     : options_(std::move(options)), news_(boost::asio::make_strand(context_)), work_(context_.get_executor()), first_trainer_(context_),
-      farewell_(context_), budget_(options_.memory_limit_bytes), greetings_(most_greeting_bytes), lingering_(budget_) {}
+      farewell_(context_), budget_(options_.memory_limit_bytes), greetings_(most_greeting_bytes), lingering_(budget_), readers_(reads_at_once),
+      askers_(asked_at_once) {}
 core::~core() = default;
 
 void core::listen() {
@@ -72,7 +83,8 @@ void core::run() {
         });
     serve();
     others.clear();
-    if (askers_) askers_->join();
+    readers_.join();
+    askers_.join();
 }
 
 std::vector<address> core::where() const { return where_; }
@@ -112,7 +124,7 @@ void core::stop() {
         if (std::exchange(stopping_, true)) return;
         all.assign(sessions_.begin(), sessions_.end());
         waiting_.clear();
-        lingering_.clear();
+        for (auto const& [path, image] : lingering_.clear()) tell_if_lost(path, *image);
         first_trainer_.cancel();
         for (auto* asks : asking_) asks->cancel();
         // What a store still commits is sent too.
@@ -133,9 +145,16 @@ void core::stop() {
 }
 
 void core::ended(session* s) {
+    std::vector<waiting> gone;
+    decltype(arrived_)::node_type unread;
     {
         std::lock_guard lock(mutex_);
         std::erase_if(sessions_, [&](auto const& other) { return other.get() == s; });
+        // What it said, and its pool, would wait for the store, or for the disk.
+        auto const from = std::stable_partition(waiting_.begin(), waiting_.end(), [&](auto const& w) { return w.who.call.who != s; });
+        std::move(from, waiting_.end(), std::back_inserter(gone));
+        waiting_.erase(from, waiting_.end());
+        unread = arrived_.extract(s);
     }
     look_if_over();
 }
@@ -160,39 +179,82 @@ void core::look_if_over() {
 
 void core::attach(wire::hello hello, std::vector<file_descriptor> regions, bool over_network, attached call) {
     if (hello.purpose == wire::purpose::status) return call.good(nullptr, {});
-    auto const path = store_path(options_.dir, hello.store, over_network);
-    if (hello.purpose == wire::purpose::trainer) held_store::expect_sense(hello);
+    look_up({std::move(hello), std::move(regions), over_network, std::move(call)});
+}
+
+void core::look_up(arrival a) {
+    auto const call = a.call;
+    try {
+        {
+            std::lock_guard lock(mutex_);
+            if (!is_there(call.who)) return;
+            arrived_.insert_or_assign(call.who, std::move(a));
+        }
+        read_from_disk([self = shared_from_this(), who = call.who] { self->attach_next(who); });
+    } catch (std::exception const& e) {
+        call.refused(no_memory_for_it(e));
+    }
+}
+
+/// What it said, and its pool, are gone with its connection, whatever disk it waits for.
+void core::attach_next(session const* who) {
+    decltype(arrived_)::node_type taken;
+    {
+        std::lock_guard lock(mutex_);
+        taken = arrived_.extract(who);
+    }
+    if (!taken) return;
+    auto const call = taken.mapped().call;
+    try {
+        auto const path = store_path(options_.dir, taken.mapped().hello.store, taken.mapped().over_network);
+        attach_to(path, std::move(taken.mapped()));
+    } catch (error const& e) {
+        call.refused(e);
+    } catch (std::exception const& e) {
+        call.refused(no_memory_for_it(e));
+    }
+}
+
+void core::read_from_disk(std::function<void()> call) { start(readers_, std::move(call)); }
+
+void core::start(boost::asio::thread_pool& on, std::function<void()> call) {
+    boost::asio::post(on, [this, call = std::move(call)] {
+        try {
+            call();
+        } catch (std::exception const& e) {
+            log(std::string("a connection waits in vain, for an error of the monitor: ") + e.what());
+        }
+    });
+}
+
+/// With the mutex held.
+bool core::is_there(session const* who) const {
+    return std::any_of(sessions_.begin(), sessions_.end(), [&](auto const& s) { return s.get() == who; });
+}
+
+/// Throws error where it is refused at once.
+void core::attach_to(std::filesystem::path const& path, arrival a) {
+    bool const trains = a.hello.purpose == wire::purpose::trainer;
+    if (trains) held_store::expect_sense(a.hello);
     std::unique_lock lock(mutex_);
     if (stopping_) throw error(errc::cancelled, "the monitor is ending");
+    if (!is_there(a.call.who)) return;
     if (auto it = stores_.find(path); it != stores_.end()) {
         bool const busy = it->second->has_trainer();
-        if (!busy || hello.purpose == wire::purpose::trainer)
-            return wait_for_store(path, busy, std::move(hello), std::move(regions), over_network, std::move(call));
+        if (!busy || trains) return wait_for_store(path, busy, std::move(a));
     }
-    if (hello.purpose == wire::purpose::trainer) return attach_trainer(path, std::move(hello), std::move(regions), std::move(call));
+    if (trains) return attach_trainer(path, std::move(a.hello), std::move(a.regions), std::move(a.call));
     wire::welcome answer;
     if (auto const* kept = lingering_.find(path)) answer.memory_step = kept->step;
-    call.good(nullptr, answer);
+    a.call.good(nullptr, answer);
 }
 
 /// With the mutex held. What the last trainer left is being written: then it can be fetched, or added to. Where it is not seen to
 /// have gone, its connection gets a moment to end: a killed trainer's may come after the next one's beginning.
-void core::wait_for_store(std::filesystem::path const& path, bool busy, wire::hello hello, std::vector<file_descriptor> regions, bool over_network,
-                          attached call) {
+void core::wait_for_store(std::filesystem::path const& path, bool busy, arrival a) {
     auto const id = ++last_waiting_;
-    auto again = [self = shared_from_this(), hello = std::make_shared<wire::hello>(std::move(hello)),
-                  regions = std::make_shared<std::vector<file_descriptor>>(std::move(regions)), over_network, call] {
-        if (!call.still_there()) return;
-        try {
-            self->attach(std::move(*hello), std::move(*regions), over_network, call);
-        } catch (error const& e) {
-            call.refused(e);
-        } catch (std::exception const& e) {
-            call.refused(
-                error(std::make_error_code(std::errc::not_enough_memory), std::string("the monitor cannot go on with this connection: ") + e.what()));
-        }
-    };
-    waiting_.push_back({path, id, std::move(again)});
+    auto const call = a.call;
+    waiting_.push_back({path, id, std::move(a)});
     if (!busy) return;
     auto timer = std::make_shared<boost::asio::steady_timer>(context_, busy_limit);
     timer->async_wait([weak = weak_from_this(), timer, path, id, call](boost::system::error_code) {
@@ -328,6 +390,7 @@ void core::store_opened(std::filesystem::path const& path, std::shared_ptr<held_
         std::lock_guard lock(mutex_);
         // Not before: one that is refused changes nothing.
         if (fresh) lingering_.drop(path);
+        lingering_.drop_older(path, found.durable_sequence);
         if (auto const* kept = lingering_.find(path)) w.memory_step = kept->step;
         try {
             if (options_.peer && !store->trained().relayed) replicate(path, store->trained(), found);
@@ -360,6 +423,9 @@ void core::replicate(std::filesystem::path const& path, wire::hello const& run, 
             if (auto const self = weak.lock()) self->look_if_over();
         });
     };
+    // What is over stays for the status; of many stores, not for ever.
+    for (auto it = replicas_.begin(); it != replicas_.end() && replicas_.size() >= most_replicas;)
+        it = it->first != path && it->second->over() ? replicas_.erase(it) : std::next(it);
     std::optional<local_checkpoint> newest;
     if (found.durable_step > 0) newest = {found.durable_step, found.durable_sequence};
     auto& copy = replicas_[path];
@@ -384,9 +450,14 @@ void core::detach(std::shared_ptr<held_store> const& store, bool farewell) {
     store->trainer_gone(keep);
 }
 
+/// Of an image whose time is over.
+void core::tell_if_lost(std::filesystem::path const& path, kept_image const& image) const {
+    if (!image.durable) log(path.string() + ": the checkpoint of step " + std::to_string(image.step) + ", which the disk did not take, is lost");
+}
+
 void core::store_closed(std::filesystem::path const& path, std::unique_ptr<kept_image> kept) {
     std::shared_ptr<held_store> gone;
-    std::vector<std::function<void()>> again;
+    std::vector<arrival> again;
     {
         std::lock_guard lock(mutex_);
         if (auto it = stores_.find(path); it != stores_.end()) {
@@ -399,28 +470,32 @@ void core::store_closed(std::filesystem::path const& path, std::unique_ptr<kept_
             else
                 it->second->finish();
         }
+        if (kept && stopping_) tell_if_lost(path, *kept);
         if (kept && !stopping_) {
             log(path.string() + ": the checkpoint of step " + std::to_string(kept->step) + " lingers in memory");
             auto timer = lingering_.keep(path, std::move(kept), context_, options_.linger);
             timer->async_wait([weak = weak_from_this(), path, timer](boost::system::error_code ec) {
                 auto const self = weak.lock();
                 if (ec || !self) return;
+                std::unique_ptr<kept_image> image;
                 {
                     std::lock_guard inner(self->mutex_);
-                    if (!self->lingering_.end(path, timer)) return;
+                    image = self->lingering_.end(path, timer);
                 }
+                if (!image) return;
+                self->tell_if_lost(path, *image);
                 self->look_if_over();
             });
         }
         std::erase_if(waiting_, [&](auto& w) {
             if (w.path != path) return false;
-            again.push_back(std::move(w.again));
+            again.push_back(std::move(w.who));
             return true;
         });
     }
     // Its thread has nothing left to do, and is waited for here.
     gone.reset();
-    for (auto const& call : again) call();
+    for (auto& a : again) look_up(std::move(a));
     look_if_over();
 }
 

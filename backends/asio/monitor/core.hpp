@@ -64,9 +64,10 @@ public:
         std::function<void(notice)> tell;
         std::function<void()> let_go;  ///< once the store has ended: the trainer's pool is read no more
         std::function<bool()> still_there;
+        session const* who = nullptr;  ///< to be told from others
         std::string peer;
     };
-    /// Opens the store of a trainer, or waits until what is asked for can be fetched. Throws error where that is clear at once.
+    /// Opens the store of a trainer, or waits until what is asked for can be fetched.
     void attach(wire::hello hello, std::vector<file_descriptor> regions, bool over_network, attached call);
     /// The trainer's connection has ended; `farewell` where it said so.
     void detach(std::shared_ptr<held_store> const& store, bool farewell);
@@ -74,23 +75,34 @@ public:
     /// Memory for a large greeting while it is read. Throws std::errc::not_enough_memory.
     memory_budget::lease lend_for_greeting(std::uint64_t bytes);
 
-    /// Nothing where there is no such checkpoint. `store` is what HELLO said; `held` the trainer's own, or null.
-    std::optional<found_image> find(std::string const& store, bool over_network, held_store const* held, wire::fetch const& what);
-    /// The same, where the peer may have a newer one, or one that is not here: it is asked, on a thread of its own. `held` may be
-    /// null. Neither is called where the monitor ends meanwhile.
-    void find_at_peer_too(std::string const& store, bool over_network, std::shared_ptr<held_store> held, wire::fetch const& what,
-                          std::function<void(std::optional<found_image>)> good, std::function<void(error const&)> refused);
+    /// Nothing where there is no such checkpoint. `store` is what HELLO said; `held` the trainer's own, or null. `at_peer_too`: the
+    /// peer, which may have a newer one, or one that is not here, is asked. Throws error where the monitor is ending.
+    void find(std::string const& store, bool over_network, bool at_peer_too, std::shared_ptr<held_store> held, wire::fetch const& what,
+              std::function<void(std::optional<found_image>)> good, std::function<void(error const&)> refused);
+    /// Calls it on a thread that may wait for a disk: those that serve the connections do not.
+    void read_from_disk(std::function<void()> call);
 
 private:
+    /// What somebody has said who has come.
+    struct arrival {
+        wire::hello hello;
+        std::vector<file_descriptor> regions;
+        bool over_network = false;
+        attached call;
+    };
     struct waiting {
         std::filesystem::path path;
         std::uint64_t id = 0;
-        std::function<void()> again;
+        arrival who;
     };
 
+    void start(boost::asio::thread_pool& on, std::function<void()> call);
     void accept(std::size_t listener);
-    void wait_for_store(std::filesystem::path const& path, bool busy, wire::hello hello, std::vector<file_descriptor> regions, bool over_network,
-                        attached call);
+    void look_up(arrival a);
+    void attach_next(session const* who);
+    bool is_there(session const* who) const;
+    void attach_to(std::filesystem::path const& path, arrival a);
+    void wait_for_store(std::filesystem::path const& path, bool busy, arrival a);
     void attach_trainer(std::filesystem::path const& path, wire::hello hello, std::vector<file_descriptor> regions, attached call);
     trainer_pool pool_of(wire::hello const& hello, std::vector<file_descriptor> descriptors) const;
     memory_budget::lease take_memory(std::filesystem::path const& path, wire::hello const& hello);
@@ -101,6 +113,7 @@ private:
     std::vector<std::uint64_t> steps_here(std::filesystem::path const& path, held_store const* held);
     std::optional<found_image> find_at_either(std::filesystem::path const& path, held_store const* held, wire::fetch const& what);
     void store_closed(std::filesystem::path const& path, std::unique_ptr<kept_image> kept);
+    void tell_if_lost(std::filesystem::path const& path, kept_image const& image) const;
     void look_if_over();
 
     monitor_options const options_;
@@ -118,10 +131,11 @@ private:
     lingering_images lingering_;
     std::map<std::filesystem::path, std::shared_ptr<replica>> replicas_;  ///< of stores that have been open, with a peer
     std::set<client::relay*> asking_;                                     ///< the peer, for somebody
+    std::map<session const*, arrival> arrived_;                           ///< whose path has not been looked at yet
     std::vector<waiting> waiting_;
     std::uint64_t last_waiting_ = 0;
     bool stopping_ = false, had_trainer_ = false;
-    std::optional<boost::asio::thread_pool> askers_;
+    boost::asio::thread_pool readers_, askers_;  ///< wait for a disk, and for the peer
 };
 
 }  // namespace varve::asio::server

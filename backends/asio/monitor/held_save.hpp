@@ -51,6 +51,7 @@ struct held_save {
     std::error_code error{};  ///< why it is not wanted any more
     std::string why{};
     bool memory_alone = false;      ///< the disk did not take it once its trainer had gone: it is kept for its bytes
+    std::error_code not_taken{};    ///< and why
     bool ended_by_trainer = false;  ///< COMMIT or ABANDON came: nothing more of it will
 
     std::deque<held_block> blocks{};
@@ -80,9 +81,13 @@ struct held_save {
 /// Memory for blocks that come as payload: what was let go is used again for the next of the same size, with its pages.
 class block_memory {
 public:
-    std::shared_ptr<varve::detail::aligned_bytes> take(std::size_t size) {
+    /// `limit_bytes`: what may lie here unused beside it.
+    std::shared_ptr<varve::detail::aligned_bytes> take(std::size_t size, std::uint64_t limit_bytes) {
         auto found = std::find_if(free_.begin(), free_.end(), [&](auto const& m) { return m->size() == size; });
-        if (found == free_.end()) return std::make_shared<varve::detail::aligned_bytes>(size);
+        if (found == free_.end()) {
+            trim(limit_bytes);
+            return std::make_shared<varve::detail::aligned_bytes>(size);
+        }
         auto out = std::move(*found);
         free_.erase(found);
         free_bytes_ -= size;
@@ -92,13 +97,17 @@ public:
     void put(std::shared_ptr<varve::detail::aligned_bytes> memory, std::uint64_t limit_bytes) {
         free_bytes_ += memory->size();
         free_.push_back(std::move(memory));
+        trim(limit_bytes);
+    }
+
+private:
+    void trim(std::uint64_t limit_bytes) {
         while (free_bytes_ > limit_bytes) {
             free_bytes_ -= free_.front()->size();
             free_.pop_front();
         }
     }
 
-private:
     std::deque<std::shared_ptr<varve::detail::aligned_bytes>> free_;
     std::uint64_t free_bytes_ = 0;
 };

@@ -172,7 +172,7 @@ held_store::place held_store::place_for(std::uint64_t save, std::uint64_t offset
     p.save = save;
     auto const s = find(save, "a block");
     p.dropped = !s;
-    p.memory = memory_.take(size_bytes);
+    p.memory = memory_.take(size_bytes, credit_ - size_bytes);
     if (s) {
         p.block = s->blocks.size();
         auto& b = add_block(*s, offset_bytes, size_bytes);
@@ -314,6 +314,7 @@ void held_store::not_written(held_save& s, std::error_code why, std::string text
     if (s.error || !gone_ || !keep_ || !keeps_newest_ || newest_.get() != &s) return end(s, why, std::move(text));
     ++counts_.failed;
     s.memory_alone = true;
+    s.not_taken = why;
     s.sequence = 0;
     s.why = std::move(text);
     work_.notify_one();

@@ -16,6 +16,11 @@ struct kept_image {
     bool durable = false;  ///< it is on disk too
     file_descriptor memory;
     memory_budget::lease lease;
+
+    /// Whether that of a checkpoint on disk is of one that was saved later, without the monitor.
+    bool is_older_than(std::uint64_t sequence_on_disk) const noexcept {
+        return sequence_on_disk > sequence || (sequence_on_disk == sequence && !durable);
+    }
 };
 
 }  // namespace varve::asio::server

@@ -21,11 +21,12 @@ lingering_images::timer_ptr lingering_images::keep(std::filesystem::path const& 
     return timer;
 }
 
-bool lingering_images::end(std::filesystem::path const& store, timer_ptr const& timer) {
+std::unique_ptr<kept_image> lingering_images::end(std::filesystem::path const& store, timer_ptr const& timer) {
     auto const it = by_store_.find(store);
-    if (it == by_store_.end() || it->second.timer != timer) return false;
+    if (it == by_store_.end() || it->second.timer != timer) return nullptr;
+    auto image = std::move(it->second.image);
     by_store_.erase(it);
-    return true;
+    return image;
 }
 
 void lingering_images::drop(std::filesystem::path const& store) {
@@ -35,9 +36,18 @@ void lingering_images::drop(std::filesystem::path const& store) {
     by_store_.erase(it);
 }
 
-void lingering_images::clear() {
-    for (auto& [store, l] : by_store_) l.timer->cancel();
+void lingering_images::drop_older(std::filesystem::path const& store, std::uint64_t sequence_on_disk) {
+    if (auto const* image = find(store); image && image->is_older_than(sequence_on_disk)) drop(store);
+}
+
+std::map<std::filesystem::path, std::unique_ptr<kept_image>> lingering_images::clear() {
+    std::map<std::filesystem::path, std::unique_ptr<kept_image>> out;
+    for (auto& [store, l] : by_store_) {
+        l.timer->cancel();
+        out.emplace(store, std::move(l.image));
+    }
     by_store_.clear();
+    return out;
 }
 
 void lingering_images::make_room(std::filesystem::path const& store, std::uint64_t bytes) {

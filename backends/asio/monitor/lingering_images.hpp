@@ -31,10 +31,13 @@ public:
     /// In place of one that lingers there already. It ends with a call to end() by whoever waits for the timer, which runs.
     timer_ptr keep(std::filesystem::path const& store, std::unique_ptr<kept_image> image, boost::asio::io_context& context,
                    std::chrono::milliseconds limit);
-    /// Returns false where it is no longer this timer's image that lingers there.
-    bool end(std::filesystem::path const& store, timer_ptr const& timer);
+    /// What lingered there; null where that is no longer this timer's image.
+    std::unique_ptr<kept_image> end(std::filesystem::path const& store, timer_ptr const& timer);
     void drop(std::filesystem::path const& store);
-    void clear();
+    /// Where the disk has a later one, of that sequence.
+    void drop_older(std::filesystem::path const& store, std::uint64_t sequence_on_disk);
+    /// Returns all that lingered.
+    std::map<std::filesystem::path, std::unique_ptr<kept_image>> clear();
 
     /// Drops what is on disk too until that much of the budget is free, or nothing is left to drop; that store's first.
     void make_room(std::filesystem::path const& store, std::uint64_t bytes);

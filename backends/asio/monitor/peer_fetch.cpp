@@ -1,7 +1,5 @@
 #include "core.hpp"
 
-#include <boost/asio/post.hpp>
-
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -10,19 +8,19 @@
 #include "client/relay.hpp"
 #include "varve/detail/text.hpp"
 
-#include "store_path.hpp"
-
 namespace varve::asio::server {
 
 namespace {
 
-constexpr std::size_t asked_at_once = 2;
-
-/// A file without a name on the store's own disk, which counts as no memory; where the file system has no such files, memory it is.
+/// A file without a name on the store's own disk, which counts as no memory. Where the file system has no such files, its name is
+/// taken from it at once.
 file_descriptor nameless_file(std::filesystem::path const& store, std::filesystem::path const& dir) {
     for (auto const& folder : {store, dir})
         if (file_descriptor fd(::open(folder.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, 0600), system_calls::kernel()); fd) return fd;
-    return {::memfd_create("varve-fetched", MFD_CLOEXEC), system_calls::kernel()};
+    auto name = (dir / ".varve-fetched-XXXXXX").string();
+    file_descriptor fd(::mkostemp(name.data(), O_CLOEXEC), system_calls::kernel());
+    if (fd) ::unlink(name.c_str());
+    return fd;
 }
 
 /// The same file for reading alone.
@@ -33,23 +31,6 @@ file_descriptor read_only(file_descriptor const& fd) {
 }
 
 }  // namespace
-
-void core::find_at_peer_too(std::string const& store, bool over_network, std::shared_ptr<held_store> held, wire::fetch const& what,
-                            std::function<void(std::optional<found_image>)> good, std::function<void(error const&)> refused) {
-    auto const path = store_path(options_.dir, store, over_network);
-    std::lock_guard lock(mutex_);
-    if (stopping_) throw error(errc::cancelled, "the monitor is ending");
-    if (!askers_) askers_.emplace(asked_at_once);
-    boost::asio::post(*askers_, [this, path, held = std::move(held), what, good = std::move(good), refused = std::move(refused)] {
-        try {
-            good(find_at_either(path, held.get(), what));
-        } catch (error const& e) {
-            refused(e);
-        } catch (std::exception const& e) {
-            refused(error(std::make_error_code(std::errc::not_enough_memory), e.what()));
-        }
-    });
-}
 
 /// The peer's that are newer than the newest here, then what is here, then the peer's others: in this order they are skipped.
 std::optional<found_image> core::find_at_either(std::filesystem::path const& path, held_store const* held, wire::fetch const& what) {

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <new>
 
 namespace varve::asio::server {
 
@@ -25,6 +26,20 @@ constexpr std::chrono::milliseconds farewell_limit{2'000};
 constexpr std::chrono::milliseconds last_words_limit{5'000};
 
 [[noreturn]] void refuse(std::string const& why) { throw error(errc::malformed, "malformed message: " + why); }
+
+/// Empty where they cannot be read.
+std::vector<std::byte> bytes_of(file_descriptor const& file, std::uint64_t offset, std::size_t size) try {
+    std::vector<std::byte> out(size);
+    for (std::size_t done = 0; done < size;) {
+        auto const n = ::pread(file.get(), out.data() + done, size - done, static_cast<off_t>(offset + done));
+        if (n < 0 && errno == EINTR) continue;
+        if (n <= 0) return {};
+        done += static_cast<std::size_t>(n);
+    }
+    return out;
+} catch (std::bad_alloc const&) {
+    return {};
+}
 
 }  // namespace
 
@@ -216,6 +231,7 @@ void session::take(wire::hello m) {
                    .tell = [posted](notice n) { posted([n = std::move(n)](session& self) { std::visit([&](auto const& m) { self.send(m); }, n); }); },
                    .let_go = [posted] { posted([](session& self) { self.let_go(); }); },
                    .still_there = [weak] { return !weak.expired(); },
+                   .who = this,
                    .peer = peer_});
 }
 
@@ -228,19 +244,20 @@ void session::welcome(std::shared_ptr<held_store> const& store, wire::welcome co
 
 void session::take(wire::fetch const& m) {
     if (purpose_ == wire::purpose::status) refuse("FETCH on a connection for the status");
-    if (sending_ || asking_peer_) refuse("FETCH before the last one was answered");
-    if (!core_->options().peer || relayed_) return answer(core_->find(store_name_, over_network_, store_.get(), m));
-    asking_peer_ = true;
+    // One that is being sent may be there already.
+    bool const on_its_way = std::any_of(out_.begin() + (writing_ ? 1 : 0), out_.end(), [](auto const& o) { return !o.descriptors.empty(); });
+    if (sending_ || looking_ || on_its_way) refuse("FETCH before the last one was answered");
+    looking_ = true;
     auto posted = [weak = weak_from_this(), executor = stream_->executor()](auto call) {
         boost::asio::post(executor, [weak, call = std::move(call)]() mutable {
             auto const self = weak.lock();
             if (!self || self->state_ >= state::ending) return;
-            self->asking_peer_ = false;
+            self->looking_ = false;
             self->guarded([&] { call(*self); });
         });
     };
-    core_->find_at_peer_too(
-        store_name_, over_network_, store_, m,
+    core_->find(
+        store_name_, over_network_, core_->options().peer && !relayed_, store_, m,
         [posted](std::optional<found_image> found) { posted([found = std::move(found)](session& self) mutable { self.answer(std::move(found)); }); },
         [posted](error const& e) { posted([e](session& self) { self.fail(e); }); });
 }
@@ -249,7 +266,7 @@ void session::answer(std::optional<found_image> found) {
     if (!found) return send(wire::image{});
     wire::image const answer{found->step, found->sequence, found->size_bytes, found->in_memory, found->name};
     if (over_network_) {
-        sending_ = sending{std::move(found->file), std::move(found->lease), 0, found->size_bytes};
+        sending_ = std::make_shared<sending>(std::move(found->file), std::move(found->lease), found->in_memory, 0, found->size_bytes);
         return send(answer);
     }
     std::vector<file_descriptor> along;
@@ -283,15 +300,23 @@ void session::send(Message const& m, std::vector<file_descriptor> descriptors) {
 
 void session::send_next_piece() {
     auto const n = std::min<std::uint64_t>(piece_bytes, sending_->size - sending_->offset);
-    std::vector<std::byte> piece(n);
-    for (std::size_t done = 0; done < n;) {
-        auto const got = ::pread(sending_->file.get(), piece.data() + done, n - done, static_cast<off_t>(sending_->offset + done));
-        if (got < 0 && errno == EINTR) continue;
-        if (got <= 0) return fail(error(std::make_error_code(std::errc::io_error), "the checkpoint cannot be read"));
-        done += static_cast<std::size_t>(got);
-    }
+    if (sending_->in_memory) return send_piece(bytes_of(sending_->file, sending_->offset, n));
+    looking_ = true;
+    core_->read_from_disk([weak = weak_from_this(), executor = stream_->executor(), from = sending_, n] {
+        auto piece = bytes_of(from->file, from->offset, n);
+        boost::asio::post(executor, [weak, piece = std::move(piece)] {
+            auto const self = weak.lock();
+            if (!self) return;
+            self->looking_ = false;
+            if (self->sending_) self->guarded([&] { self->send_piece(piece); });
+        });
+    });
+}
+
+void session::send_piece(std::vector<std::byte> const& piece) {
+    if (piece.empty()) return fail(error(std::make_error_code(std::errc::io_error), "the checkpoint cannot be read"));
     wire::image_data const m{sending_->offset, piece};
-    sending_->offset += n;
+    sending_->offset += piece.size();
     if (sending_->offset == sending_->size) sending_.reset();
     send(m);
 }
@@ -300,7 +325,7 @@ void session::write() {
     if (writing_ || state_ >= state::closed || deaf_) return;
     if (out_.empty()) {
         if (state_ == state::ending) return close();
-        if (sending_) guarded([&] { send_next_piece(); });
+        if (sending_ && !looking_) guarded([&] { send_next_piece(); });
         return;
     }
     writing_ = true;

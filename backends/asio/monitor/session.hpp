@@ -41,6 +41,7 @@ private:
     struct sending {
         file_descriptor file;
         memory_budget::lease lease;
+        bool in_memory = false;
         std::uint64_t offset = 0, size = 0;
     };
 
@@ -75,6 +76,7 @@ private:
     template <class Message>
     void send(Message const& m, std::vector<file_descriptor> descriptors = {});
     void send_next_piece();
+    void send_piece(std::vector<std::byte> const& piece);
     void write();
     void cannot_be_heard();
 
@@ -109,8 +111,8 @@ private:
     std::size_t out_bytes_ = 0;
     bool writing_ = false;
     bool deaf_ = false;  ///< the peer takes nothing any more; it is read to its end
-    std::optional<sending> sending_;
-    bool asking_peer_ = false;
+    std::shared_ptr<sending> sending_;
+    bool looking_ = false;  ///< for what FETCH asked for, or for its next piece
 
     enum class state { greeting, attaching, serving, ending, closed } state_ = state::greeting;
     wire::purpose purpose_ = wire::purpose::trainer;

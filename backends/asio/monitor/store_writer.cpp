@@ -250,7 +250,7 @@ void held_store::discard(std::unique_lock<std::mutex>& lock) {
     auto const s = current_;
     lock.unlock();
     s->target.reset();
-    if (s->file) files_->give_back(*std::exchange(s->file, std::nullopt), s->error);
+    if (s->file) files_->give_back(*std::exchange(s->file, std::nullopt), s->memory_alone ? s->not_taken : s->error);
     if (s->memory_alone && hooks_.log) hooks_.log(path_.string() + ": " + s->why);
     lock.lock();
     try_again_soon();

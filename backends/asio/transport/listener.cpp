@@ -118,13 +118,13 @@ public:
 
     void close() noexcept {
         std::lock_guard lock(mutex_);
-        boost::system::error_code ignored;
-        descriptor_.close(ignored);
         struct stat now{};
-        // Only what is still ours: somebody may have put another socket there.
+        // Only what is still ours: somebody may have put another socket there. And while it listens, so that nobody puts one there now.
         if (at_.is_unix() && made_.st_ino != 0 && ::lstat(at_.path.c_str(), &now) == 0 && now.st_ino == made_.st_ino && now.st_dev == made_.st_dev)
             ::unlink(at_.path.c_str());
         made_ = {};
+        boost::system::error_code ignored;
+        descriptor_.close(ignored);
     }
 
     address const& where() const noexcept { return at_; }
