@@ -97,12 +97,16 @@ public:
 
     void ensure() {
         std::lock_guard lock(mutex_);
+        auto const before = child_;
         reap(false);
         if (is_there()) {
             if (child_ <= 0 && !found_) say_("a monitor is there already: it serves");
             found_ = child_ <= 0;
             return;
         }
+        // A save that was on its way says so too, where there was one.
+        if (before > 0) say_("the monitor, process " + std::to_string(before) + ", is lost");
+        if (found_) say_("the monitor is lost");
         found_ = false;
         try {
             start();

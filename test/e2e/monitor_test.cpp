@@ -248,7 +248,7 @@ BOOST_AUTO_TEST_CASE(a_trainer_whose_monitor_dies_says_so_and_which_one_serves_n
     BOOST_TEST(ended.code == 130);
     for (auto pid : {first.front(), second.front()})
         BOOST_TEST(ended.err.find("monitor started, process " + std::to_string(pid)) != std::string::npos, ended.err);
-    BOOST_TEST(ended.err.find("is lost") != std::string::npos, ended.err);
+    BOOST_TEST(ended.err.find("the monitor, process " + std::to_string(first.front()) + ", is lost") != std::string::npos, ended.err);
 }
 
 BOOST_AUTO_TEST_CASE(training_goes_on_beside_a_monitor_that_is_stopped_and_is_saved_again_when_that_goes_on) {
