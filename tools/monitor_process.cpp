@@ -129,15 +129,11 @@ public:
             if (child_ > 0) ::kill(child_, SIGTERM);
         }
         // Our goodbye was its last word; what is crash-safe is committed first.
-        for (auto const until = clock::now() + end_limit; clock::now() < until; std::this_thread::sleep_for(look_every)) {
-            reap(false);
-            if (child_ <= 0 && (!found_ || !is_there())) break;
-        }
+        wait_until([this] { return child_ <= 0 && (!found_ || !is_there()); });
         // A second SIGTERM would end it whatever it holds.
         if (child_ > 0 && method_started_) {
             ::kill(child_, SIGTERM);
-            for (auto const until = clock::now() + end_limit; child_ > 0 && clock::now() < until; std::this_thread::sleep_for(look_every))
-                reap(false);
+            wait_until([this] { return child_ <= 0; });
             if (child_ > 0) say_("the monitor, process " + std::to_string(child_) + ", is still at work and is left to it");
         }
         if (made_folder_) ::rmdir(where_.path.parent_path().c_str());  // others' sockets keep it
@@ -169,6 +165,15 @@ private:
         while ((ended = ::waitpid(child_, &status, wait ? 0 : WNOHANG)) < 0 && errno == EINTR) {
         }
         if (ended != 0) child_ = -1;
+    }
+
+    /// For the end of what may have a lot to commit.
+    template <class Over>
+    void wait_until(Over over) noexcept {
+        for (auto const until = clock::now() + end_limit; clock::now() < until; std::this_thread::sleep_for(look_every)) {
+            reap(false);
+            if (over()) return;
+        }
     }
 
     void start() {

@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <atomic>
 
+#include "gate.hpp"
 #include "moody_workplace.hpp"
 #include "support.hpp"
 
@@ -219,17 +220,14 @@ BOOST_AUTO_TEST_CASE(a_trainer_that_comes_back_is_welcomed_only_after_the_writes
 
 BOOST_AUTO_TEST_CASE(a_trainer_that_went_while_its_store_was_opened_is_not_in_the_next_ones_way) {
     failing_calls calls;
-    std::atomic<bool> held_up = true;
-    auto const go_on = [&] {
-        held_up = false;
-        held_up.notify_all();
-    };
+    gate disk;
+    disk.close();
     calls.on_open = [&](int) {
-        held_up.wait(true);
+        disk.pass();
         return 0;
     };
     workplace w(true, [&](auto& o) { o.calls = &calls; });
-    std::shared_ptr<void> const at_last(nullptr, [&](void*) { go_on(); });  // whatever this test finds
+    std::shared_ptr<void> const at_last(nullptr, [&](void*) { disk.open(); });  // whatever this test finds
     auto hello = [](raw_trainer& t) { t.peer.send(t.hello, {t.memory.get()}); };
     auto first = w.trainer(1);
     hello(first);
@@ -239,7 +237,7 @@ BOOST_AUTO_TEST_CASE(a_trainer_that_went_while_its_store_was_opened_is_not_in_th
     hello(next);
     // For longer than one is given whose connection has not ended.
     BOOST_TEST(!next.peer.hears_within(1500ms));
-    go_on();
+    disk.open();
     BOOST_TEST(next.peer.expect<wire::welcome>().durable_step == 0u);
     next.save(1, 1);
     next.peer.expect<wire::durable>();
@@ -248,36 +246,28 @@ BOOST_AUTO_TEST_CASE(a_trainer_that_went_while_its_store_was_opened_is_not_in_th
 
 BOOST_AUTO_TEST_CASE(a_disk_that_keeps_a_reader_waiting_holds_up_nobody_else) {
     failing_calls calls;
-    std::atomic<bool> held_up = false;
-    auto const go_on = [&] {
-        held_up = false;
-        held_up.notify_all();
-    };
+    gate disk;
     calls.on_open = [&](int flags) {
-        if (flags == (O_RDONLY | O_NONBLOCK)) held_up.wait(true);
+        if (flags == (O_RDONLY | O_NONBLOCK)) disk.pass();
         return 0;
     };
     workplace w(true, [&](auto& o) {
         o.calls = &calls;
         o.threads = 1;
     });
-    std::shared_ptr<void> const at_last(nullptr, [&](void*) { go_on(); });  // whatever this test finds
+    std::shared_ptr<void> const at_last(nullptr, [&](void*) { disk.open(); });  // whatever this test finds
     auto t = w.trainer(2);
     t.greet();
     t.save(1, 1);
     t.peer.expect<wire::durable>();
-    held_up = true;
+    disk.close();
     raw_peer reader(w.monitor->where());
-    wire::hello hello;
-    hello.purpose = wire::purpose::fetch;
-    hello.store = "run";
-    reader.send(hello);
-    reader.expect<wire::welcome>();
+    reader.greet(wire::purpose::fetch);
     reader.send(wire::fetch{false, 0, 0});
     BOOST_TEST(!reader.hears_within(200ms));
     t.save(2, 2, 1);
     t.peer.expect<wire::durable>();
-    go_on();
+    disk.open();
     BOOST_TEST(reader.expect<wire::image>().step == 1u);
 }
 

@@ -259,11 +259,7 @@ BOOST_AUTO_TEST_CASE(what_lingers_is_byte_for_byte_the_file) {
     BOOST_TEST_REQUIRE(w.becomes([](auto const& s) { return s.contains("lingering"); }));
     BOOST_TEST(w.status()["memory_used_bytes"] == t.layout.size_bytes);
     raw_peer fetching(w.monitor->where());
-    wire::hello hello;
-    hello.purpose = wire::purpose::fetch;
-    hello.store = "run";
-    fetching.send(hello);
-    BOOST_TEST(fetching.expect<wire::welcome>().memory_step == 4u);
+    BOOST_TEST(fetching.greet(wire::purpose::fetch).memory_step == 4u);
     fetching.send(wire::fetch{true, 4, 0});
     BOOST_TEST(fetching.expect<wire::image>().in_memory);
     auto const memory = fetching.descriptors();
@@ -369,10 +365,7 @@ BOOST_FIXTURE_TEST_CASE(the_status_tells_of_trainers_bytes_and_steps, welcomed_t
     t.save(1, 3);
     t.peer.expect<wire::durable>();
     raw_peer asking(monitor->where());
-    wire::hello hello;
-    hello.purpose = wire::purpose::status;
-    asking.send(hello);
-    asking.expect<wire::welcome>();
+    asking.greet(wire::purpose::status);
     asking.send(wire::status{});
     auto const status = nlohmann::json::parse(asking.expect<wire::status_reply>().json);
     BOOST_TEST(status["memory_used_bytes"] == t.pool_bytes);

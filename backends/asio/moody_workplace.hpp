@@ -107,11 +107,7 @@ struct moody_workplace {
 /// What a fetch finds, and whether its bytes are that step's.
 inline std::optional<wire::image> fetched(raw_trainer& t, va::address const& from, std::uint32_t skip = 0) {
     raw_peer peer(from);
-    wire::hello hello;
-    hello.purpose = wire::purpose::fetch;
-    hello.store = "run";
-    peer.send(hello);
-    peer.expect<wire::welcome>();
+    peer.greet(wire::purpose::fetch);
     peer.send(wire::fetch{false, 0, skip});
     auto const image = peer.expect<wire::image>();
     if (image.size_bytes == 0) return std::nullopt;

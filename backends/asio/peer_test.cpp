@@ -55,12 +55,7 @@ struct fetched {
 /// What the monitor answers a FETCH with, on a Unix socket.
 fetched fetch(va::address const& from, wire::fetch const& what, bool relayed = false) {
     raw_peer asks(from);
-    wire::hello hello;
-    hello.purpose = wire::purpose::fetch;
-    hello.store = "run";
-    hello.relayed = relayed;
-    asks.send(hello);
-    asks.expect<wire::welcome>();
+    asks.greet(wire::purpose::fetch, relayed);
     asks.send(what);
     fetched out{asks.expect<wire::image>(), {}};
     if (auto along = asks.descriptors(); !along.empty()) out.file = std::move(along[0]);

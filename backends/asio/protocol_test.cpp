@@ -329,11 +329,7 @@ BOOST_FIXTURE_TEST_CASE(a_receiver_that_stalls_holds_up_nobody, impatient_workpl
     }
     // Asks for a checkpoint and reads nothing of it.
     raw_peer stalled(monitor->where());
-    wire::hello hello;
-    hello.purpose = wire::purpose::fetch;
-    hello.store = "run";
-    stalled.send(hello);
-    stalled.expect<wire::welcome>();
+    stalled.greet(wire::purpose::fetch);
     stalled.send(wire::fetch{});
     t.save(3, 3);
     t.peer.expect<wire::durable>();
@@ -353,10 +349,7 @@ BOOST_AUTO_TEST_CASE(who_asks_and_never_listens_is_let_go) {
     auto t = w.trainer(1);
     t.greet();
     raw_peer deaf(w.monitor->where());
-    wire::hello hello;
-    hello.purpose = wire::purpose::status;
-    deaf.send(hello);
-    deaf.expect<wire::welcome>();
+    deaf.greet(wire::purpose::status);
     // Answers of some hundred bytes each, of which 20 MB may wait.
     for (int i = 0; i < 500'000 && !deaf.write_error; ++i) deaf.send(wire::status{});
     BOOST_TEST(static_cast<bool>(deaf.write_error));
@@ -372,11 +365,7 @@ BOOST_AUTO_TEST_CASE(who_fetches_and_never_listens_is_let_go) {
     t.save(1, 1);
     t.peer.expect<wire::durable>();
     raw_peer deaf(w.monitor->where());
-    wire::hello hello;
-    hello.purpose = wire::purpose::fetch;
-    hello.store = "run";
-    deaf.send(hello);
-    deaf.expect<wire::welcome>();
+    deaf.greet(wire::purpose::fetch);
     // Each answer has a descriptor.
     for (int i = 0; i < 2'000 && !deaf.write_error; ++i) {
         deaf.send(wire::fetch{true, 1, 0});

@@ -112,6 +112,15 @@ public:
         while (buffered_ == 0 && !ended_ && std::chrono::steady_clock::now() < until) step(20ms);
         return buffered_ > 0 || ended_;
     }
+    /// Says HELLO as somebody who trains nothing.
+    wire::welcome greet(wire::purpose purpose, bool relayed = false) {
+        wire::hello hello;
+        hello.purpose = purpose;
+        hello.store = "run";
+        hello.relayed = relayed;
+        send(hello);
+        return expect<wire::welcome>();
+    }
     std::vector<varve::file_descriptor> descriptors() { return stream_->take_descriptors(); }
     void close() { stream_.reset(); }
     /// Of a Unix socket: what is sent to here from now on is refused, as where this process is gone; what is sent from here goes on.

@@ -127,6 +127,11 @@ std::unique_ptr<dialogue> relay::reach() {
     throw error(errc::monitor_lost, why);
 }
 
+/// It pings while it gets ready; one that says nothing at all is stuck.
+wire::welcome relay::welcome(dialogue& open, deadline at_most) const {
+    return open.expect<wire::welcome>(std::min(clock::now() + options_.silence_limit, at_most), options_.silence_limit, at_most);
+}
+
 std::shared_ptr<session> relay::greet(std::unique_ptr<dialogue> open) {
     auto const start = clock::now();
     session_settings settings;
@@ -140,9 +145,7 @@ std::shared_ptr<session> relay::greet(std::unique_ptr<dialogue> open) {
     open->send(hello_, clock::now() + options_.connect_limit, std::move(descriptors));
     auto const greeting = [&] {
         try {
-            // It pings while it gets ready; one that says nothing at all is stuck.
-            auto const at_most = start + options_.welcome_limit;
-            return open->expect<wire::welcome>(std::min(clock::now() + options_.silence_limit, at_most), options_.silence_limit, at_most);
+            return welcome(*open, start + options_.welcome_limit);
         } catch (error const& e) {
             if (e.code() != errc::malformed) throw;
             throw error(e.code(), std::string(e.what()) + "; is the monitor of another version of varve?");
@@ -298,8 +301,7 @@ std::optional<fetched_checkpoint> relay::fetch(std::optional<std::uint64_t> step
     h.relayed = for_monitor_;
     h.extension = ".safetensors";
     open->send(h, clock::now() + options_.connect_limit);
-    open->expect<wire::welcome>(clock::now() + std::min(options_.silence_limit, options_.welcome_limit), options_.silence_limit,
-                                clock::now() + options_.welcome_limit);
+    welcome(*open, clock::now() + options_.welcome_limit);
     open->send(wire::fetch{step.has_value(), step.value_or(0), skip}, clock::now() + options_.connect_limit);
     // It may have to be fetched from a peer first.
     auto const about = open->expect<wire::image>(clock::now() + options_.welcome_limit, options_.silence_limit);

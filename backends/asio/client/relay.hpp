@@ -49,6 +49,7 @@ private:
     std::unique_ptr<dialogue> reach();
     std::unique_ptr<dialogue> try_to_reach();
     /// Says hello and makes the connection the current one. Throws what the monitor refuses with.
+    wire::welcome welcome(dialogue& open, deadline at_most) const;
     std::shared_ptr<session> greet(std::unique_ptr<dialogue> open);
     std::shared_ptr<session> greet_first();
     void install(std::shared_ptr<session> s);

@@ -32,13 +32,13 @@ constexpr std::uint64_t most_greeting_bytes = 2 * wire::most_hello_bytes;
 /// For a connection to end whose process has.
 constexpr std::chrono::seconds busy_limit{1};
 
-error no_memory_for_it(std::exception const& e) {
-    return error(std::make_error_code(std::errc::not_enough_memory), std::string("the monitor cannot go on with this connection: ") + e.what());
-}
-
 std::string megabytes(std::uint64_t bytes) { return std::to_string((bytes + 999'999) / 1'000'000) + " MB"; }
 
 }  // namespace
+
+error cannot_go_on(std::exception const& e) {
+    return error(std::make_error_code(std::errc::not_enough_memory), std::string("the monitor cannot go on with this connection: ") + e.what());
+}
 
 core::core(monitor_options options)
     : options_(std::move(options)), news_(boost::asio::make_strand(context_)), work_(context_.get_executor()), first_trainer_(context_),
@@ -192,7 +192,7 @@ void core::look_up(arrival a) {
         }
         read_from_disk([self = shared_from_this(), who = call.who] { self->attach_next(who); });
     } catch (std::exception const& e) {
-        call.refused(no_memory_for_it(e));
+        call.refused(cannot_go_on(e));
     }
 }
 
@@ -211,7 +211,7 @@ void core::attach_next(session const* who) {
     } catch (error const& e) {
         call.refused(e);
     } catch (std::exception const& e) {
-        call.refused(no_memory_for_it(e));
+        call.refused(cannot_go_on(e));
     }
 }
 

@@ -39,6 +39,9 @@ struct found_image {
     memory_budget::lease lease{};  ///< where it was brought into memory for this
 };
 
+/// What a connection ends with for an error that is none of ours: there is no memory, say.
+error cannot_go_on(std::exception const& e);
+
 /// What a monitor's sessions share: the stores, the memory, and what lingers. Thread-safe.
 class core : public std::enable_shared_from_this<core> {
 public:

@@ -365,7 +365,7 @@ void session::guarded(Call call) noexcept try {
 } catch (error const& e) {
     fail(e);
 } catch (std::exception const& e) {
-    fail(error(std::make_error_code(std::errc::not_enough_memory), std::string("the monitor cannot go on with this connection: ") + e.what()));
+    fail(cannot_go_on(e));
 }
 
 /// The reason goes out, then the connection ends; what a trainer has handed over whole is committed.
